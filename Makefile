@@ -1,0 +1,50 @@
+# Two commands do everything: make demo, make test. They need python3 (3.11 or later) with venv, and make.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oslo lint bench-simulator clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+
+demo: $(STAMP)  ## a small Nova without a broker: nine processes, two of them killed, a ledger at the end
+	@$(BIN)/onehop demo
+
+test: $(STAMP)  ## everything: lint, our tests in two processes, oslo.messaging's own tests
+	@bash tests/system_packages.sh
+	@$(MAKE) --no-print-directory lint
+	@echo "== tests"
+	@$(BIN)/python -m pytest -n 2
+	@$(MAKE) --no-print-directory test-oslo
+
+test-oslo: $(STAMP)  ## oslo.messaging's own test-suite over zmq://
+	@echo "== oslo.messaging's own tests"
+	@$(BIN)/python tests/oslo/run_suite.py
+
+lint: $(STAMP)  ## ruff and mypy
+	@echo "== lint"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy --strict src
+
+bench-simulator: $(STAMP)  ## rates over zmq:// and over rabbit://, interleaved
+	@$(BIN)/python benchmarks/simulator.py
+
+clean:  ## remove the environment and what tools left behind
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .stestr .coverage .coverage.* htmlcov
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(STAMP): pyproject.toml
+	@python= ; for each in python3 python3.13 python3.12 python3.11; do \
+		if $$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$each; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "onehop needs Python 3.11 or later, and none of python3, python3.13, python3.12, python3.11 on PATH is one: install it, for instance with 'apt-get install python3.11-venv'." >&2; \
+		exit 1; \
+	fi; \
+	echo "== making $(VENV) with $$($$python --version); once, a minute or two"; \
+	$$python -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $(STAMP)

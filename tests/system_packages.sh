@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that the tests run against and this machine lacks. Nothing is started: the tests start
+# their own servers on free ports, so a service that the machine already runs is neither used nor stopped.
+set -euo pipefail
+
+export PATH="$PATH:/usr/sbin:/sbin"
+
+missing=()
+command -v rabbitmq-server >/dev/null || missing+=(rabbitmq-server)
+command -v tc >/dev/null || missing+=(iproute2)
+[ ${#missing[@]} -gt 0 ] || exit 0
+
+if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
+    echo "make test needs ${missing[*]}: install it first (on Debian, as root: apt-get install ${missing[*]})." >&2
+    exit 1
+fi
+
+# Packages ask policy-rc.d whether they may start their service; 101 means no.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+fi
+
+echo "== installing Debian packages: ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+apt-get -q update
+apt-get -q install -y --no-install-recommends "${missing[@]}"
