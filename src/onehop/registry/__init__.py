@@ -1,0 +1,43 @@
+"""Where records live: the registries, chosen by the scheme of a URL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib import import_module, metadata
+from typing import cast
+
+from onehop.errors import SettingsError
+from onehop.interfaces import Registry
+from onehop.settings import Settings
+
+ENTRY_POINTS = "onehop.registries"
+
+# Ours are found without installed metadata, and nobody else's can take their place.
+_OURS = {"local": "onehop.registry.local:LocalRegistry"}
+
+
+def open_registry(url: str, settings: Settings) -> Registry:
+    """The registry that ``url`` names; nothing is touched before its first use.
+
+    Args:
+        url: a URL whose scheme names a registry, or that name alone, such as ``"local"``. Others than onehop's own
+            are found through the entry points ``onehop.registries``: callables that take settings and the URL.
+        settings: the node's settings.
+
+    Raises:
+        SettingsError: no registry has that name, it cannot be imported, or the rest of the URL is wrong.
+    """
+    scheme = re.split(r":|$", url, maxsplit=1)[0].lower()
+    others = {} if scheme in _OURS else {each.name: each.value for each in metadata.entry_points(group=ENTRY_POINTS)}
+    known = others | _OURS
+    if scheme not in known:
+        raise SettingsError(
+            f"registry is {url!r}; it must be, or be a URL that begins with: {', '.join(sorted(known))}"
+        )
+    try:
+        module, _, name = known[scheme].partition(":")
+        make = cast(Callable[[Settings, str], Registry], getattr(import_module(module), name))
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"registry {url!r} needs {known[scheme]}, which cannot be imported: {error}") from error
+    return make(settings, url)
