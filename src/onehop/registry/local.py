@@ -31,7 +31,8 @@ from onehop.settings import Settings
 
 RECORD_LIMIT = 1024 * 1024  # bytes of one record
 SOCKET_PATH_LIMIT = 107  # bytes of a path that a Unix socket can have
-FULL_LOOK_PERIOD = 2.0  # seconds between two looks at everything, beside inotify's notices
+FULL_LOOK_PERIOD = 2.0  # seconds between two looks at everything, beside inotify's notices; at least,
+FULL_LOOK_PERIOD_PER_RECORD = 0.04  # and this for each record, so that many cost no more than 50
 POLL_PERIOD = 0.2  # the same without inotify
 _DOUBT_PERIOD, _DOUBT_LOOKS = 0.02, 4
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
@@ -431,8 +432,7 @@ class _Watch:
             self._inotify.close()
 
     def _run(self) -> None:
-        period = POLL_PERIOD if self._inotify is None else FULL_LOOK_PERIOD
-        full_look_at = time.monotonic() + period
+        full_look_at = time.monotonic() + self._period()
         # Closed by a process that held it: the kernel tells just before it drops the lock, so a lock that is still
         # there is looked at a few times more.
         doubtful: dict[str, int] = {}
@@ -459,11 +459,16 @@ class _Watch:
                     full_look_at = time.monotonic() + POLL_PERIOD
                     self._registry._look()
                     if self._watches_again() and not changes.incomplete:
-                        full_look_at = time.monotonic() + period
+                        full_look_at = time.monotonic() + self._period()
                 elif names:
                     self._registry._look(names)
             except Exception:
                 _log.exception("a look at the records in %s failed; another follows", self._directory)
+
+    def _period(self) -> float:
+        if self._inotify is None:
+            return POLL_PERIOD
+        return max(FULL_LOOK_PERIOD, FULL_LOOK_PERIOD_PER_RECORD * len(self._registry._known))
 
     def _watches_again(self) -> bool:
         """Watch the directory anew, as it may be another of that name by now; whether that went well."""
