@@ -1,0 +1,1 @@
+"""The driver for oslo.messaging: ``transport_url = zmq://``."""

@@ -1,0 +1,145 @@
+"""The receiving side: requests and notifications as oslo.messaging polls and answers them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from oslo_messaging._drivers import base
+
+from onehop import Incoming, Listener, errors
+from onehop.oslo import payload
+
+LOG = logging.getLogger(__name__)
+
+
+class NotRun(Exception):
+    """The caller has given the request up, so it must not run."""
+
+
+class Request(base.RpcIncomingMessage):  # type: ignore[misc]
+    """One RPC request."""
+
+    def __init__(self, incoming: Incoming, ctxt: dict[str, Any], message: dict[str, Any]) -> None:
+        super().__init__(ctxt, message)
+        self._incoming = incoming
+        self.client_timeout = incoming.monitor
+
+    def acknowledge(self) -> None:
+        """Nothing is left to acknowledge: the sender knew when this process took the request in.
+
+        Raises:
+            NotRun: the request waited here until its caller gave up; oslo.messaging skips it then.
+        """
+        if given_up(self._incoming):
+            self._incoming.done()
+            raise NotRun(f"{self.message.get('method')!r} is not run: its caller gave up while it waited for a thread")
+
+    def requeue(self) -> None:
+        self._incoming.requeue()
+
+    def heartbeat(self) -> None:
+        """The engine beats for us; this only tells oslo.messaging's thread when to end.
+
+        Raises:
+            NotRun: the request was answered, or nobody waits for its answer.
+        """
+        if self._incoming.answered or given_up(self._incoming):
+            raise NotRun("the call is over")
+
+    def reply(self, reply: Any = None, failure: payload.Failure | None = None) -> None:
+        incoming = self._incoming
+        try:
+            if incoming.kind == "call":
+                answer(incoming, reply, failure)
+        except errors.OnehopError as error:
+            LOG.warning("The reply to %r could not be sent: %s", self.message.get("method"), error)
+        finally:
+            incoming.done()
+
+
+class Notification(base.IncomingMessage):  # type: ignore[misc]
+    """One notification."""
+
+    def __init__(self, incoming: Incoming, ctxt: dict[str, Any], message: dict[str, Any]) -> None:
+        super().__init__(ctxt, message)
+        self._incoming = incoming
+
+    def acknowledge(self) -> None:
+        self._incoming.done()
+
+    def requeue(self) -> None:
+        self._incoming.requeue()
+
+
+def answer(incoming: Incoming, reply: Any, failure: payload.Failure | None) -> None:
+    """Send a result or a failure; a result that cannot be sent becomes a failure, so that the caller does not wait."""
+    try:
+        incoming.reply_raw(payload.encode_failure(failure) if failure else payload.encode([reply]))
+    except (*payload.UNENCODABLE, errors.PayloadError):
+        problem = failure or sys.exc_info()
+        LOG.error("The result of %s.%s cannot be sent: %s", incoming.service, incoming.method, sys.exc_info()[1])
+        incoming.reply_raw(payload.encode_short_failure(problem))  # type: ignore[arg-type]
+
+
+def given_up(incoming: Incoming) -> bool:
+    """Whether nobody waits for the answer any more."""
+    if incoming.kind != "call":
+        return False
+    left = incoming.remaining()
+    return incoming.cancelled or (left is not None and left <= 0)
+
+
+class PollListener(base.PollStyleListener):  # type: ignore[misc]
+    """Batches of requests, or of notifications, from a node's listener."""
+
+    def __init__(self, listener: Listener, message: type[Request | Notification]) -> None:
+        super().__init__()
+        self._listener = listener
+        self._message = message
+
+    def poll(
+        self, timeout: float | None = None, batch_size: int | None = 1, batch_timeout: float | None = None
+    ) -> list[Request | Notification]:
+        """Wait for the first message, then up to ``batch_timeout`` seconds more for a full batch.
+
+        After :meth:`stop` it never waits; it returns the rest, then an empty list.
+        """
+        wanted = batch_size or 1
+        batch: list[Request | Notification] = []
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while len(batch) < wanted:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            taken = self._listener.poll(limit=wanted - len(batch), timeout=left)
+            if not taken:
+                break
+            opened = [message for message in map(self._open, taken) if message is not None]
+            if opened and not batch:
+                deadline = None if batch_timeout is None else time.monotonic() + batch_timeout
+            batch += opened
+        return batch
+
+    def _open(self, incoming: Incoming) -> Request | Notification | None:
+        if given_up(incoming):
+            return None
+        try:
+            ctxt, message = payload.decode(incoming.body)
+            if not isinstance(ctxt, dict) or not isinstance(message, dict):
+                raise ValueError("not a context and a message")
+        except (ValueError, TypeError) as error:
+            LOG.error(
+                "A request of node %s to %s is not of oslo.messaging: %s", incoming.sender, incoming.service, error
+            )
+            if incoming.kind == "call":
+                answer(incoming, None, sys.exc_info())  # type: ignore[arg-type]
+            incoming.done()
+            return None
+        return self._message(incoming, ctxt, message)
+
+    def stop(self) -> None:
+        self._listener.stop()
+
+    def cleanup(self) -> None:
+        self._listener.close()

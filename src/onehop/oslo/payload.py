@@ -1,0 +1,118 @@
+"""Messages as bytes: JSON, exactly as lossy as ``oslo_serialization.jsonutils``, on whose coercions services rely.
+
+A request is ``[context, message]``; a reply is ``[value]`` or ``[null, failure]``.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterable
+from math import isfinite
+from types import TracebackType
+from typing import Any
+
+import msgspec
+from oslo_messaging import RemoteError
+from oslo_messaging._drivers import common
+from oslo_serialization import jsonutils
+
+Failure = tuple[type[BaseException], BaseException, TracebackType | None]
+
+_encode_any = json.JSONEncoder(default=jsonutils.to_primitive).encode
+_encode_plain = msgspec.json.Encoder().encode
+_STRINGS = frozenset({str})
+_LEAVES = frozenset({str, int, bool, type(None)})
+_PLAIN = _LEAVES | {float, dict, list, tuple}
+
+# What cannot be encoded raises one of these.
+UNENCODABLE = (ValueError, TypeError, RecursionError, OverflowError)
+
+
+def encode(value: Any) -> bytes:
+    """The JSON of a list or dict, such that ``decode(encode(x)) == jsonutils.loads(jsonutils.dumps(x))``.
+
+    Raises:
+        ValueError, TypeError, RecursionError: what ``jsonutils.dumps`` raises for this value.
+    """
+    try:
+        if _is_plain(value):
+            return _encode_plain(value)
+    except (OverflowError, UnicodeEncodeError, RecursionError):
+        pass  # integers beyond 64 bits, lone surrogates, great depth: the general encoder knows
+    return _encode_any(value).encode()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether both encoders mean the same by ``value``. Checked by sets of types, which is quick for wide values."""
+    members: Iterable[Any] = value
+    if type(value) is dict:
+        if not _STRINGS.issuperset(map(type, value)):
+            return False
+        members = value.values()
+    kinds = set(map(type, members))
+    if kinds <= _LEAVES:
+        return True
+    if not kinds <= _PLAIN:
+        return False
+    for each in members:
+        kind = type(each)
+        if kind is float:
+            if not isfinite(each):
+                return False
+        elif kind not in _LEAVES and not _is_plain(each):
+            return False
+    return True
+
+
+def decode(body: bytes | memoryview) -> Any:
+    """The value of ``body``.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return json.loads(bytes(body))  # NaN, Infinity, lone surrogates
+
+
+def encode_failure(failure: Failure) -> bytes:
+    """A reply that says that the method raised. Always possible: what has no form on the wire is left out."""
+    try:
+        text = common.serialize_remote_exception(failure)
+    except Exception:  # the exception's arguments, or its own __str__
+        text = encode(_plain_failure(failure)).decode()
+    return encode([None, text])
+
+
+def encode_short_failure(failure: Failure, limit: int = 2000) -> bytes:
+    """As :func:`encode_failure`, cut to some ``limit`` characters a part, where the whole is too large to send."""
+    plain = _plain_failure(failure)
+    plain["message"] = plain["message"][:limit]
+    return encode([None, encode(plain | {"args": [plain["message"]], "tb": [plain["tb"][-1][-limit:]]}).decode()])
+
+
+def _plain_failure(failure: Failure) -> dict[str, Any]:
+    kind, value, trace = failure
+    try:
+        message = str(value)
+    except Exception:
+        message = f"{kind.__name__} whose text cannot be made"
+    lines = [*traceback.format_tb(trace), f"{kind.__name__}: {message}\n"]
+    names = {"class": kind.__name__, "module": kind.__module__}
+    return names | {"message": message, "tb": lines, "args": [message], "kwargs": {}}
+
+
+def rebuild_failure(text: str, allowed: list[str]) -> Exception:
+    """The exception of a failure that came in a reply, of its own class where its module is ``allowed``."""
+    plain = jsonutils.loads(text)
+    trace = plain.get("tb") or []
+    try:
+        rebuilt: Exception = common.deserialize_remote_exception(text, allowed)
+    except Exception:  # whatever the constructor of that class makes of the arguments
+        return RemoteError(plain.get("class"), plain.get("message"), trace)
+    if type(rebuilt).__module__ == "builtins":  # oslo.messaging put the traceback into the message: take it out again
+        rebuilt.args = tuple(plain["args"])
+        rebuilt.add_note("".join(trace))
+    return rebuilt
