@@ -1,0 +1,105 @@
+"""The contracts that others may implement: a registry, a codec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a registry says of one node.
+
+    Attributes:
+        node: the node id, 32 lower-case hexadecimal digits; new at every start and after every fork.
+        host: the name of the host the node runs on.
+        pid: its process id there, for people who look.
+        endpoints: ZeroMQ addresses that reach it, best first (``ipc:///run/...``).
+        services: for each service offered, the names of the servers (instances) that offer it. A name stands
+            as often as it is served: two instances of one name in a process are two entries.
+        idempotent: for each service, the methods that may run again after an unknown outcome.
+        version: the release of onehop that wrote the record.
+        zone: a label for locality.
+        state: ``"serving"`` or ``"draining"``.
+        key: reserved for the node's public key; empty until keys are built.
+        grant: reserved for the signed statement that goes with the key; empty until grants are built.
+    """
+
+    node: str
+    host: str
+    pid: int = 0
+    endpoints: tuple[str, ...] = ()
+    services: dict[str, tuple[str, ...]] = {}
+    idempotent: dict[str, tuple[str, ...]] = {}
+    version: str = ""
+    zone: str = ""
+    state: str = "serving"
+    key: str = ""
+    grant: str = ""
+
+
+Deliver = Callable[[Sequence[Record]], None]
+
+
+class Registry(Protocol):
+    """Where records live. One instance belongs to one node, and is used from any of its threads.
+
+    Nothing happens at construction. After a fork the child forgets the instance and makes a new one; it calls
+    :meth:`forget` on the inherited one first. ``onehop.testing.contracts.check_registry`` says whether an
+    implementation is right.
+    """
+
+    def announce(self, record: Record) -> None:
+        """Publish ``record``, or put it in the place of the one announced before.
+
+        When it returns, other nodes can see the record (or will within a registry's stated delay). The record
+        lives until :meth:`withdraw`, or until this process dies.
+
+        Raises:
+            RegistryError: it cannot be published; the sentence says what to change.
+        """
+
+    def withdraw(self) -> None:
+        """Take the announced record back. Does nothing if there is none."""
+
+    def watch(self, deliver: Deliver) -> None:
+        """Call ``deliver`` with all records of the realm, once before returning and then at every change.
+
+        ``deliver`` always gets the whole view, without the records of dead nodes, in a stable order. It is called
+        from a thread of the registry (or the caller's, inside :meth:`watch` and :meth:`refresh`), never twice at once.
+
+        Raises:
+            RegistryError: the registry cannot be used at all; the sentence says what to change.
+        """
+
+    def refresh(self) -> None:
+        """Look again now; if something changed, ``deliver`` is called before this returns. A cheap hint.
+
+        Called when a service is asked for that the last view does not have. A registry that is always fresh
+        may do nothing. Never raises for a registry that is away.
+        """
+
+    def close(self) -> None:
+        """Withdraw, end the watch, give everything back. May be called twice."""
+
+    def forget(self) -> None:
+        """Release what a fork inherited without disturbing the parent: no withdrawal, no unlocking, no message."""
+
+
+class Codec(Protocol):
+    """Values to bytes and back."""
+
+    def encode(self, value: Any) -> bytes:
+        """The bytes of ``value``.
+
+        Raises:
+            EncodeError: the value has no form; names the type.
+        """
+
+    def decode(self, body: bytes | memoryview) -> Any:
+        """The value of ``body``.
+
+        Raises:
+            DecodeError: the bytes are not a value.
+        """

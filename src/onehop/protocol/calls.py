@@ -1,0 +1,171 @@
+"""Calls made over one link and not finished.
+
+A call is registered before its frame exists, so a reply can never come too early: only :meth:`CallTable.begin`
+gives the number a frame needs.
+
+Safe under threads without a lock of its own: every change of ``pending`` is one operation of a dict, which is
+atomic, and who gets the entry out of ``pop`` decides how the call ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+from onehop.errors import WireError
+from onehop.protocol import wire
+
+# How a call ended, as the engine sees it.
+REPLIED = "replied"
+FAILED = "failed"
+TAKEN = "taken"
+REJECTED = "rejected"
+LOST = "lost"
+
+
+class Call:
+    """One request under way.
+
+    Attributes:
+        id: its number on the link; 0 until registered.
+        deadline: when the caller gives up, on the caller's clock; None for never.
+        size: bytes of its frame, for the window.
+        outcome: None while it runs, then one of REPLIED, FAILED, TAKEN, REJECTED, LOST. Set last.
+        body: what came with the outcome: the reply's body, or (reason, text) of a rejection, or why it was lost.
+        items: of a stream, what has come and was not read.
+        signs: progress frames and items heard so far; a change restarts the monitor's clock.
+        sent: whether the frame may have left this process.
+        waiter: the engine's; who is to be woken.
+    """
+
+    __slots__ = ("body", "deadline", "id", "items", "outcome", "sent", "signs", "size", "waiter")
+
+    def __init__(self, waiter: Any = None, deadline: float | None = None, size: int = 0) -> None:
+        self.id = 0
+        self.deadline = deadline
+        self.size = size
+        self.outcome: str | None = None
+        self.body: Any = None
+        self.items: deque[bytes | memoryview] | None = None
+        self.signs = 0
+        self.sent = False
+        self.waiter = waiter
+
+
+class CallTable:
+    """The calls of one link, by number.
+
+    Args:
+        numbers: where numbers come from. It outlives the link: a peer's window knows a request by the caller's
+            node id and this number, so a new link to the same peer must go on where the old one stopped.
+        messages: calls under way at most.
+        large_bytes: bytes of large frames under way at most; small ones are bounded by ``messages`` already.
+    """
+
+    __slots__ = ("large_bytes", "last", "late", "load", "messages", "numbers", "pending")
+
+    def __init__(self, numbers: Iterator[int] | None = None, *, messages: int = 4096, large_bytes: int = 1 << 26):
+        self.pending: dict[int, Call] = {}
+        self.numbers = numbers if numbers is not None else count(1)
+        self.messages = messages
+        self.large_bytes = large_bytes
+        self.load = 0
+        self.late = 0
+        self.last = 0
+
+    def begin(self, call: Call) -> int:
+        """Register ``call`` and return its number, from which its frame is made."""
+        call.id = self.last = number = next(self.numbers)
+        self.pending[number] = call
+        return number
+
+    def full(self, size: int) -> bool:
+        """Whether one more request of ``size`` bytes would pass the window."""
+        if len(self.pending) >= self.messages:
+            return True
+        if size < wire.SECOND_FRAME_FROM:
+            return False
+        under_way = sum(call.size for call in list(self.pending.values()) if call.size >= wire.SECOND_FRAME_FROM)
+        return under_way + size > self.large_bytes
+
+    def give_up(self, call: Call) -> bool:
+        """Forget ``call``; False when its outcome came first (or is being written at this moment)."""
+        return self.pending.pop(call.id, None) is not None
+
+    def receive(self, frame: bytes, body: bytes | memoryview | None, moved: list[Call]) -> None:
+        """Take in one frame for calls (ACK and above); append to ``moved`` whoever has news.
+
+        Args:
+            body: the second frame, where there was one.
+
+        Raises:
+            WireError: the frame breaks the wire format. Nothing has changed.
+        """
+        (
+            kind,
+            flags,
+            extent,
+            _number,
+            id,
+        ) = wire.HEADER.unpack_from(frame)
+        if kind == wire.REPLY:
+            call = self.pending.pop(id, None)
+            self.load = extent
+            if call is None:
+                # Legal (wire 3.5): the call timed out here while the reply was on its way.
+                self.late += 1
+                return
+            call.body = frame[wire.HEADER_SIZE :] if body is None else body
+            call.outcome = FAILED if flags & wire.FAILED else REPLIED
+            moved.append(call)
+        elif kind == wire.ACK:
+            ids = wire.acked(frame)
+            self.load = extent
+            for id in ids:
+                self._end(id, TAKEN, None, moved)
+        elif kind == wire.REJECT:
+            self._end(id, REJECTED, wire.rejection(frame), moved)
+        elif kind == wire.PONG:
+            self._end(id, REPLIED, frame[wire.HEADER_SIZE :], moved)
+        elif kind in (wire.ITEM, wire.PROGRESS):
+            call = self.pending.get(id)
+            if call is None:
+                self.late += 1
+                return
+            if kind == wire.ITEM:
+                if call.items is None:
+                    raise WireError(f"an item for call {id}, which is no stream")
+                call.items.append(frame[wire.HEADER_SIZE :] if body is None else body)
+            call.signs += 1
+            moved.append(call)
+        else:
+            raise WireError(f"kind {kind} does not go from a server to a caller")
+
+    def _end(self, id: int, outcome: str, body: Any, moved: list[Call]) -> None:
+        call = self.pending.pop(id, None)
+        if call is None:
+            self.late += 1
+            return
+        call.body = body
+        call.outcome = outcome
+        moved.append(call)
+
+    def lose(self, why: str) -> list[Call]:
+        """End every call as LOST; returns them."""
+        lost: list[Call] = []
+        while self.pending:
+            try:
+                _id, call = self.pending.popitem()
+            except KeyError:  # another thread took the last one
+                break
+            call.body = why
+            call.outcome = LOST
+            lost.append(call)
+        return lost
+
+    def expire(self, now: float) -> list[Call]:
+        """Forget the calls whose deadline has come; returns them, without an outcome."""
+        due = [call for call in list(self.pending.values()) if call.deadline is not None and call.deadline <= now]
+        return [call for call in due if self.give_up(call)]

@@ -1,0 +1,359 @@
+"""Requests taken in: who sent them, whether they are new, whether there is room, and what is owed for each.
+
+Everything here is called under one lock of the engine (the inbound socket's), so nothing is atomic by itself.
+
+A request runs at most once: it carries its sender's node id (said in the hello) and a number, and a
+:class:`Window` per sender knows which numbers came. What is refused is answered with the reason and counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from onehop.errors import WireError
+from onehop.protocol import wire
+from onehop.protocol.wire import Frame, Hello
+
+SILENT_AFTER = 60.0
+"""Seconds without a frame after which a connection is probed: is it still there?"""
+WINDOW_KEPT = 600.0
+"""Seconds for which a window outlives the last connection of its sender."""
+ADDRESSES_KEPT = 4096
+
+
+class Window:
+    """Which request numbers of one sender have come.
+
+    Numbers grow; over several threads they may come a little out of order. So what is kept is the highest number
+    and the ones missing below it: nothing at all for a sender in order.
+
+    Args:
+        reach: how far below the highest a number may still be new; older ones count as come.
+    """
+
+    __slots__ = ("_highest", "_missing", "_reach", "seen")
+
+    def __init__(self, reach: int) -> None:
+        self._highest = 0
+        self._missing: set[int] = set()
+        self._reach = reach
+        self.seen = 0.0
+
+    def is_new(self, number: int) -> bool:
+        """Take ``number`` in; False when it came before, or is older than the window reaches."""
+        if number == self._highest + 1:
+            self._highest = number
+            return True
+        if number > self._highest:
+            self._missing.update(range(max(self._highest + 1, number - self._reach), number))
+            self._highest = number
+            if len(self._missing) > 2 * self._reach:
+                floor = number - self._reach
+                self._missing = {each for each in self._missing if each >= floor}
+            return True
+        if number in self._missing and number >= self._highest - self._reach:
+            self._missing.discard(number)
+            return True
+        return False
+
+
+class Sender:
+    """One connection that has said hello."""
+
+    __slots__ = ("heard", "host", "node", "window")
+
+    def __init__(self, node: bytes, host: str, window: Window, now: float) -> None:
+        self.node = node
+        self.host = host
+        self.window = window
+        self.heard = now
+
+
+class Request:
+    """One request taken in, for one instance of a service.
+
+    Attributes:
+        identity: the connection it came on, and its answer returns on.
+        deadline: when its caller gives up, on this node's clock; None for never.
+        monitor: seconds within which the caller wants a sign of life; None for none.
+        granted: of a stream, how many items its reader has asked for so far.
+        cancelled: the caller gave up, or is gone.
+        answered: a reply was made; nothing is owed any more.
+        queued: the engine's; it has been given to its target.
+        target: the engine's; which instance it is for.
+        waiter: the engine's; who waits for credit.
+    """
+
+    __slots__ = (
+        "answered", "body", "cancelled", "granted", "deadline", "identity", "kind", "flags", "id", "method", "monitor",
+        "node", "queued", "server", "service", "size", "target", "waiter",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        identity: bytes,
+        head: wire.Header,
+        node: bytes,
+        names: tuple[str, str, str],
+        body: bytes | memoryview,
+        deadline: float | None,
+        monitor: float | None,
+        size: int,
+        target: Any,
+    ) -> None:
+        self.identity = identity
+        self.kind = head.kind
+        self.flags = head.flags
+        self.id = head.id
+        self.node = node
+        self.service, self.server, self.method = names
+        self.body = body
+        self.deadline = deadline
+        self.monitor = monitor
+        self.size = size
+        self.target = target
+        self.granted = 0
+        self.queued = False
+        self.cancelled = False
+        self.answered = False
+        self.waiter: Any = None
+
+
+class Inbox:
+    """All requests that one node has taken in and not finished.
+
+    Args:
+        node: this node's id.
+        realm: hellos of another realm are refused.
+        messages, size: requests (and their bytes) taken in and not finished, at most.
+        reach: of the duplicate windows.
+        release: the version of onehop, said in the answer to a hello.
+    """
+
+    def __init__(
+        self,
+        node: bytes,
+        *,
+        realm: str = "",
+        host: str = "",
+        messages: int = 10_000,
+        size: int = 1 << 28,
+        reach: int = 4096,
+        release: str = "",
+    ) -> None:
+        self.node = node
+        self.answer = Hello(node, b"\0" * 16, host=host, realm=realm, release=release)
+        self.messages = messages
+        self.size = size
+        self.reach = reach
+        self.draining = False
+        self.taken: dict[Request, None] = {}
+        self.taken_bytes = 0
+        self.outgoing: list[tuple[bytes, Frame]] = []
+        self.refused: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.senders: dict[bytes, Sender] = {}
+        self._windows: dict[bytes, Window] = {}
+        self._calls: dict[tuple[bytes, int], Request] = {}
+        self._beats: dict[Request, float] = {}
+        self._offers: dict[tuple[str, str], list[Any]] = {}
+        self._services: dict[str, list[Any]] = {}
+        self._addresses: dict[bytes, tuple[str, str, str]] = {}
+
+    # What is offered ------------------------------------------------------------------------------
+
+    def offer(self, service: str, server: str, target: Any) -> None:
+        """Requests for ``service`` at ``server`` go to ``target`` from now on (in turn, where there are several).
+
+        Args:
+            target: the engine's queue; its length is how many requests wait there.
+        """
+        self._offers.setdefault((service, server), []).append(target)
+        self._services.setdefault(service, []).append(target)
+
+    def withdraw(self, service: str, server: str, target: Any) -> None:
+        """The reverse of :meth:`offer`. What ``target`` has taken stays owed."""
+        for table, key in ((self._offers, (service, server)), (self._services, service)):
+            targets = table.get(key, [])  # type: ignore[attr-defined]
+            if target in targets:
+                targets.remove(target)
+            if not targets:
+                table.pop(key, None)  # type: ignore[attr-defined]
+
+    # What comes in --------------------------------------------------------------------------------
+
+    def receive(
+        self, identity: bytes, frame: bytes, body: bytes | memoryview | None, now: float, moved: list[Request]
+    ) -> None:
+        """Take in one message from the connection ``identity``.
+
+        Appends to ``moved`` each request to be run, and each that has news (credit, cancellation). Answers that
+        need no handler are appended to ``outgoing``. Never raises for what a peer sent.
+        """
+        try:
+            head = wire.header(frame)
+            kind = head.kind
+            if kind == wire.REQUEST or kind == wire.CAST:
+                self._request(identity, frame, head, body, now, moved)
+            elif kind == wire.HELLO:
+                self._hello(identity, wire.parse_hello(frame), now)
+            elif kind == wire.PING:
+                self.outgoing.append((identity, wire.pack(wire.PONG, id=head.id)))
+            elif kind == wire.CREDIT or kind == wire.CANCEL:
+                self._control(identity, head, moved)
+            elif kind == wire.GOODBYE:
+                moved.extend(self.gone(identity))
+            else:
+                raise WireError(f"kind {kind} does not go from a caller to a server")
+        except WireError:
+            self.counts["bad frames"] += 1
+
+    def _hello(self, identity: bytes, hello: Hello, now: float) -> None:
+        if hello.oldest > wire.VERSION or hello.version < wire.OLDEST:
+            # Both sides must be able to say which versions they speak: answered, not taken in (wire 3.1).
+            self.counts["version mismatches"] += 1
+        elif hello.expected not in (self.node, b"\0" * 16) or hello.realm != self.answer.realm:
+            # An address was used again by another node: nothing meant for the old one may run here.
+            self._refuse(identity, 0, "wrong node", f"this is node {self.node.hex()} of realm {self.answer.realm!r}")
+            return
+        else:
+            window = self._windows.get(hello.node)
+            if window is None:
+                window = self._windows[hello.node] = Window(self.reach)
+            self.senders[identity] = Sender(hello.node, hello.host, window, now)
+        self.outgoing.append((identity, wire.hello(self.answer, is_answer=True)))
+
+    def _request(
+        self,
+        identity: bytes,
+        frame: bytes,
+        head: wire.Header,
+        body: bytes | memoryview | None,
+        now: float,
+        moved: list[Request],
+    ) -> None:
+        sender = self.senders.get(identity)
+        if sender is None:
+            self._refuse(identity, head.id, "hello first")
+            return
+        sender.heard = now
+        try:
+            monitor, section, start = wire.address(frame, head)
+            names = self._addresses.get(section)
+            if names is None:
+                if len(self._addresses) >= ADDRESSES_KEPT:
+                    self._addresses.clear()
+                names = self._addresses[section] = wire.split_names(section)
+        except WireError as error:
+            self.counts["bad frames"] += 1
+            self._refuse(identity, head.id, "malformed", str(error))
+            return
+        service, server, _method = names
+        targets = self._offers.get((service, server)) if server else self._services.get(service)
+        if head.number == 0:
+            self._refuse(identity, head.id, "expired")
+        elif self.draining:
+            self._refuse(identity, head.id, "draining")
+        elif not targets:
+            known = service in self._services
+            self._refuse(identity, head.id, "no server" if known else "no service", server or service)
+        elif len(self.taken) >= self.messages or self.taken_bytes + len(frame) > self.size:
+            self._refuse(identity, head.id, "full", f"{len(self.taken)} requests are taken in and not answered")
+        elif not sender.window.is_new(head.id):
+            self._duplicate(identity, head)
+        else:
+            if body is None:
+                body = frame[start:]
+            deadline = None if head.number == wire.NO_DEADLINE else now + head.number / 1000
+            if len(targets) > 1:
+                if not head.flags & wire.FANOUT:
+                    targets.append(targets.pop(0))  # in turn
+                    targets = targets[-1:]
+            size = len(frame) + len(body)
+            for target in targets:
+                request = Request(identity, head, sender.node, names, body, deadline, monitor, size, target)
+                self.taken[request] = None
+                self.taken_bytes += size
+                moved.append(request)
+            if head.kind == wire.CAST:
+                self.outgoing.append((identity, wire.ack([head.id], len(targets[0]))))
+            else:
+                self._calls[identity, head.id] = request
+                if monitor is not None:
+                    self._beats[request] = now + monitor / 2
+
+    def _duplicate(self, identity: bytes, head: wire.Header) -> None:
+        self.counts["duplicates"] += 1
+        if head.kind == wire.CAST:
+            self.outgoing.append((identity, wire.ack([head.id])))  # it was taken; say so again
+        elif (identity, head.id) not in self._calls:
+            self._refuse(identity, head.id, "duplicate")
+        # else: it runs, and its reply is on the way
+
+    def _control(self, identity: bytes, head: wire.Header, moved: list[Request]) -> None:
+        request = self._calls.get((identity, head.id))
+        if request is None:
+            return  # legal (wire 3.8, 3.10): the reply and this frame met under way
+        if head.kind == wire.CREDIT:
+            request.granted += head.number
+        else:
+            request.cancelled = True
+            self.counts["cancelled"] += 1
+        moved.append(request)
+
+    def _refuse(self, identity: bytes, id: int, reason: str, text: str = "") -> None:
+        self.refused[reason] += 1
+        self.outgoing.append((identity, wire.reject(id, reason, text)))
+
+    # What becomes of it ---------------------------------------------------------------------------
+
+    def expired(self, request: Request, now: float) -> bool:
+        """Whether ``request`` must not run any more: its caller gave up or went away."""
+        return request.cancelled or (request.deadline is not None and request.deadline <= now)
+
+    def finish(self, request: Request) -> bool:
+        """``request`` has been dealt with: its room is free. False when that was said before."""
+        if request not in self.taken:
+            return False
+        del self.taken[request]
+        self.taken_bytes -= request.size
+        if self._calls.get((request.identity, request.id)) is request:
+            del self._calls[request.identity, request.id]
+        self._beats.pop(request, None)
+        return True
+
+    def gone(self, identity: bytes) -> list[Request]:
+        """The connection ended: forget it, and cancel what it still waited for; returns those requests."""
+        sender = self.senders.pop(identity, None)
+        if sender is None:
+            return []
+        sender.window.seen = sender.heard
+        orphans = [request for request in self.taken if request.identity == identity and request.kind == wire.REQUEST]
+        for request in orphans:
+            request.cancelled = True
+        self.counts["cancelled"] += len(orphans)
+        return orphans
+
+    def drain(self, text: str = "") -> None:
+        """Take in nothing more, and say so to every connection."""
+        self.draining = True
+        self.outgoing.extend((identity, wire.goodbye(text)) for identity in self.senders)
+
+    def handle_timer(self, now: float) -> None:
+        """Heartbeats that are due for monitored requests, and probes of silent connections."""
+        for request, due in list(self._beats.items()):
+            if due <= now and request.monitor is not None:
+                self.outgoing.append((request.identity, wire.pack(wire.PROGRESS, id=request.id)))
+                self._beats[request] = now + request.monitor / 2
+        for identity, sender in self.senders.items():
+            if now - sender.heard >= SILENT_AFTER:
+                sender.heard = now
+                self.outgoing.append((identity, wire.pack(wire.PING)))
+        in_use = {sender.node for sender in self.senders.values()}
+        for node in [n for n, window in self._windows.items() if n not in in_use and now - window.seen > WINDOW_KEPT]:
+            del self._windows[node]
+
+    def timer(self) -> float | None:
+        """When :meth:`handle_timer` should next be called for a heartbeat; None when none is owed."""
+        return min(self._beats.values(), default=None)

@@ -1,0 +1,108 @@
+"""One node's decisions together: peers, routes and the inbox, and what a link says that is not for a call.
+
+The blocking and asyncio engines, the conformance suite and the simulation all drive this one object. The two halves
+have a lock each in the engine: ``inbox`` that of the inbound socket, everything else the node's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from onehop.errors import ProtocolError, VersionMismatch, WireError
+from onehop.protocol import peers as states
+from onehop.protocol import wire
+from onehop.protocol.calls import Call
+from onehop.protocol.inbox import Inbox
+from onehop.protocol.peers import Peer, PeerTable, RecordLike
+from onehop.protocol.routes import Routes
+
+
+class NodeProtocol:
+    """The sans-IO whole of a node.
+
+    Args:
+        node: the node id, 16 bytes, never used before.
+        random: a number in [0, 1) at each call.
+        messages, size: room of the inbox.
+        window_messages, window_bytes: room of each link.
+        reach: of the duplicate windows.
+    """
+
+    def __init__(
+        self,
+        node: bytes,
+        *,
+        random: Callable[[], float],
+        host: str = "",
+        realm: str = "",
+        release: str = "",
+        messages: int = 10_000,
+        size: int = 1 << 28,
+        window_messages: int = 4096,
+        window_bytes: int = 1 << 26,
+        reach: int = 4096,
+    ) -> None:
+        self.id = node
+        self.host = host
+        self.realm = realm
+        self.release = release
+        self.peers = PeerTable(node, random)
+        self.routes = Routes()
+        self.inbox = Inbox(node, realm=realm, host=host, messages=messages, size=size, reach=reach, release=release)
+        self._window = (window_messages, window_bytes)
+
+    def learn(self, records: Iterable[RecordLike]) -> list[Peer]:
+        """Take in a registry's whole view; returns the peers it no longer has."""
+        absent = self.peers.learn(records)
+        self.update_routes()
+        return absent
+
+    def update_routes(self) -> None:
+        """Make a new picture of the routes, after any change of a peer."""
+        self.routes = Routes(self.peers.peers.values())
+
+    def connect(self, peer: Peer, now: float) -> wire.Frame | None:
+        """A connection to ``peer`` is being opened: returns the hello to send first; None if it is not to be."""
+        if not self.peers.event(peer, states.CONNECT, now):
+            return None
+        peer.calls.messages, peer.calls.large_bytes = self._window
+        return wire.hello(wire.Hello(self.id, peer.id, host=self.host, realm=self.realm, release=self.release))
+
+    def control(self, peer: Peer, frame: bytes, now: float) -> bool:
+        """Take in a frame from ``peer`` that is for no call; True when it makes the peer ready.
+
+        Raises:
+            WireError: the frame breaks the wire format.
+            VersionMismatch, ProtocolError: this peer cannot be talked to; its connection must be given up.
+        """
+        head = wire.header(frame)
+        if head.kind == wire.HELLO:
+            hello = wire.parse_hello(frame)
+            if hello.oldest > wire.VERSION or hello.version < wire.OLDEST:
+                raise VersionMismatch(
+                    f"node {peer.id.hex()} on {hello.host!r} speaks wire versions {hello.oldest} to {hello.version}, "
+                    f"this node {wire.OLDEST} to {wire.VERSION}; upgrade the older of the two"
+                )
+            if hello.node != peer.id or hello.realm != self.realm:
+                raise ProtocolError(
+                    f"the address of node {peer.id.hex()} answers as node {hello.node.hex()} of realm {hello.realm!r}"
+                )
+            return self.peers.event(peer, states.HELLO, now)
+        if head.kind == wire.GOODBYE:
+            if self.peers.event(peer, states.GOODBYE, now):
+                self.update_routes()
+        elif head.kind != wire.PING:  # a probe asks nothing of us (wire 3.12)
+            raise WireError(f"kind {head.kind} does not go from a server to a caller")
+        return False
+
+    def lost(self, peer: Peer, why: str, now: float) -> list[Call]:
+        """The connection to ``peer`` ended: its calls end as LOST; returns them."""
+        calls = peer.calls.lose(why)
+        self.peers.event(peer, states.LOST, now)
+        self.update_routes()
+        return calls
+
+    def handle_timer(self, now: float) -> None:
+        """Let rested peers be routes again."""
+        if self.peers.handle_timer(now):
+            self.update_routes()

@@ -1,0 +1,151 @@
+"""Peers: what is known of other nodes, and one small state machine for each.
+
+The table is the law: an event that a state does not list changes nothing. What does not fit a table stands below it
+in this file. Called under the engine's node lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import count
+from typing import Any, Protocol
+
+from onehop.protocol.calls import CallTable
+
+# States.
+KNOWN = "known"  # its record is known; there is no connection
+CONNECTING = "connecting"  # hello sent, not answered
+READY = "ready"  # hello answered: it is the node the record names
+DRAINING = "draining"  # it said goodbye: finishes what it took, takes nothing new
+RESTING = "resting"  # the last connection failed; tried again after a pause
+GONE = "gone"  # no record and no connection. A peer that returns is a new peer, with a new id
+
+# Events.
+CONNECT = "connect"
+HELLO = "hello"
+GOODBYE = "goodbye"
+LOST = "lost"
+RESTED = "rested"
+FORGOTTEN = "forgotten"
+
+TRANSITIONS: dict[str, dict[str, str]] = {
+    KNOWN: {CONNECT: CONNECTING, FORGOTTEN: GONE},
+    CONNECTING: {HELLO: READY, LOST: RESTING, GOODBYE: DRAINING},
+    READY: {GOODBYE: DRAINING, LOST: RESTING},
+    DRAINING: {LOST: GONE},
+    RESTING: {RESTED: KNOWN, FORGOTTEN: GONE},
+    GONE: {},
+}
+USABLE = frozenset((KNOWN, CONNECTING, READY))
+"""The states in which a peer is a route."""
+
+FIRST_PAUSE = 0.2
+LONGEST_PAUSE = 10.0
+
+
+class RecordLike(Protocol):
+    """What this module reads of :class:`onehop.interfaces.Record`."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def endpoints(self) -> tuple[str, ...]: ...
+    @property
+    def services(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def idempotent(self) -> dict[str, tuple[str, ...]]: ...
+
+
+class Peer:
+    """One other node.
+
+    Attributes:
+        record: the latest said of it; None once the registry has none.
+        calls: calls under way to it; a new table for each connection, the numbers going on.
+        link: the engine's connection object, or None.
+    """
+
+    __slots__ = ("calls", "failures", "id", "link", "numbers", "record", "rested_at", "state")
+
+    def __init__(self, id: bytes, record: RecordLike | None) -> None:
+        self.id = id
+        self.record = record
+        self.state = KNOWN
+        self.numbers = count(1)
+        self.calls = CallTable(self.numbers)
+        self.link: Any = None
+        self.failures = 0
+        self.rested_at = 0.0
+
+
+class PeerTable:
+    """All peers of one node, by node id.
+
+    Args:
+        node: this node's own id. It is a peer like any other: a service may call itself.
+        random: a number in [0, 1) at each call; spreads the pauses after a failure.
+    """
+
+    def __init__(self, node: bytes, random: Callable[[], float]) -> None:
+        self.node = node
+        self.peers: dict[bytes, Peer] = {}
+        self._random = random
+
+    def learn(self, records: Iterable[RecordLike]) -> list[Peer]:
+        """Take in the whole view of a registry; returns the peers that became unknown to it.
+
+        A peer without a record is no route any more, but keeps its connection: what it took it may still answer.
+        """
+        present: dict[bytes, RecordLike] = {}
+        for record in records:
+            try:
+                id = bytes.fromhex(record.node)
+            except ValueError:
+                continue
+            if len(id) == 16 and record.endpoints:
+                present[id] = record
+        for id, record in present.items():
+            peer = self.peers.get(id)
+            if peer is None:
+                self.peers[id] = Peer(id, record)
+            else:
+                peer.record = record
+        absent = [peer for id, peer in self.peers.items() if id not in present and peer.record is not None]
+        for peer in absent:
+            peer.record = None
+            self.event(peer, FORGOTTEN)
+        return absent
+
+    def event(self, peer: Peer, event: str, now: float = 0.0) -> bool:
+        """Apply ``event``; False when the peer's state does not know it, and nothing changed."""
+        state = TRANSITIONS[peer.state].get(event)
+        if state is None:
+            return False
+        peer.state = state
+        if state == READY:
+            peer.failures = 0
+        elif state == RESTING:
+            # Full jitter, so that those who lost one peer together do not return together.
+            peer.failures += 1
+            peer.rested_at = now + self._random() * min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(peer.failures, 10))
+            if peer.record is None:
+                peer.state = GONE
+        if event in (LOST, FORGOTTEN):
+            old = peer.calls
+            peer.calls = CallTable(peer.numbers, messages=old.messages, large_bytes=old.large_bytes)
+            peer.calls.last = old.last
+        if peer.state == GONE:
+            self.peers.pop(peer.id, None)
+        return True
+
+    def handle_timer(self, now: float) -> bool:
+        """Let rested peers be tried again; True when one became a route."""
+        changed = False
+        for peer in list(self.peers.values()):
+            if peer.state == RESTING and peer.rested_at <= now:
+                changed |= self.event(peer, RESTED, now)
+        return changed

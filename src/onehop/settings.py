@@ -1,0 +1,118 @@
+"""All settings of a node, in one frozen object."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from onehop.errors import SettingsError
+
+ENVIRONMENT_PREFIX = "ONEHOP_"
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a node is told once, at its construction.
+
+    Times are in seconds, sizes in bytes. Any field can also be given in the environment as
+    ``ONEHOP_<FIELD>`` (upper case): see :func:`from_environment`.
+    """
+
+    registry: str = _setting("local", "where records live: 'local', or a URL whose scheme names a registry")
+    realm: str = _setting("", "keeps two sites on one registry apart; nodes see only their own realm")
+    host: str = _setting("", "this host's name in records; empty means the system's host name")
+    run_directory: str = _setting(
+        "", "sockets and local records; empty means $XDG_RUNTIME_DIR/onehop, else /run/onehop"
+    )
+    group: str = _setting("", "group that shares the run directory (mode 0770 instead of 0700)")
+    zone: str = _setting("", "a label for locality, carried in the record")
+    timeout: float = _setting(60.0, "deadline of a call that names none, in seconds")
+    ready_timeout: float = _setting(1.0, "how long a call waits for somebody to offer the service, in seconds")
+    drain_timeout: float = _setting(10.0, "how long a drain waits for taken requests to be answered, in seconds")
+    workers: int = _setting(8, "threads that run the handlers of one service")
+    inbox_messages: int = _setting(10_000, "requests taken in and not answered, at most")
+    inbox_bytes: int = _setting(256 * 1024 * 1024, "bytes of requests taken in and not answered, at most")
+    window_messages: int = _setting(4_096, "requests under way to one peer, at most")
+    window_bytes: int = _setting(64 * 1024 * 1024, "bytes of large requests under way to one peer, at most")
+    max_message: int = _setting(8 * 1024 * 1024, "bytes of one message, at most")
+    stream_credit: int = _setting(32, "items a stream's writer may be ahead of its reader")
+    duplicate_window: int = _setting(4_096, "how far out of order a request may come and still be known as new")
+    node_record: bool = _setting(True, "announce this node in the registry when it serves")
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "drain_timeout"):
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"{name} is {getattr(self, name)!r}; it must be a number of seconds above 0")
+        if self.ready_timeout < 0:
+            raise SettingsError(f"ready_timeout is {self.ready_timeout!r}; it must be 0 or more seconds")
+        for name in (
+            "workers",
+            "inbox_messages",
+            "inbox_bytes",
+            "window_messages",
+            "window_bytes",
+            "max_message",
+            "stream_credit",
+            "duplicate_window",
+        ):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)!r}; it must be 1 or more")
+
+    @property
+    def host_name(self) -> str:
+        """The host's name as it stands in this node's record."""
+        return self.host or socket.gethostname()
+
+
+def from_environment(environment: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+    """Settings from ``ONEHOP_*`` variables, with ``overrides`` on top.
+
+    Args:
+        environment: the variables to read; the process's own by default.
+        overrides: fields by name; these win.
+
+    Raises:
+        SettingsError: a variable or an override is unknown, or its value does not fit.
+    """
+    environment = os.environ if environment is None else environment
+    values: dict[str, Any] = {}
+    for each in fields(Settings):
+        text = environment.get(ENVIRONMENT_PREFIX + each.name.upper())
+        if text is not None:
+            values[each.name] = _parse(each.name, type(each.default), text)
+    return revise(Settings(**values), **overrides)
+
+
+def revise(settings: Settings, **changes: Any) -> Settings:
+    """A copy of ``settings`` with some fields changed.
+
+    Raises:
+        SettingsError: a field is unknown, of the wrong type, or its value does not fit.
+    """
+    known = {each.name: each for each in fields(Settings)}
+    for name, value in changes.items():
+        if name not in known:
+            raise SettingsError(f"no setting is called {name!r}; there are: {', '.join(sorted(known))}")
+        wanted = type(known[name].default)
+        if not isinstance(value, (int, float) if wanted is float else wanted) or (
+            isinstance(value, bool) and wanted is not bool
+        ):
+            raise SettingsError(f"setting {name} is {value!r}; it must be of type {wanted.__name__}")
+    return replace(settings, **changes)
+
+
+def _parse(name: str, wanted: type, text: str) -> Any:
+    try:
+        if wanted is bool:
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+        return wanted(text)
+    except (KeyError, ValueError):
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        raise SettingsError(f"{variable} is {text!r}; it must be of type {wanted.__name__}") from None

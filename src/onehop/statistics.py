@@ -1,0 +1,50 @@
+"""Immutable snapshots of what a node counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+
+class PeerStatistics(msgspec.Struct, frozen=True):
+    """One peer, as seen from here."""
+
+    node: str
+    host: str
+    state: str
+    in_flight: int
+    """Requests sent to it and not answered."""
+    sent: int
+    """Requests ever numbered for it, on all its connections."""
+    late: int
+    """Answers that came after their call had ended; dropped."""
+    bad_frames: int
+    """Frames of its that break the wire format; dropped."""
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """What a node counts, at one moment. Counters begin at the node's first use."""
+
+    node: str
+    host: str
+    peers: tuple[PeerStatistics, ...]
+    outcomes: Mapping[str, int]
+    """How requests made here ended, where not well: error class name to number."""
+    retried: int
+    """Requests sent again because the first server had certainly not run them."""
+    taken: int
+    """Requests taken in and not yet answered."""
+    taken_bytes: int
+    waiting: int
+    """Of these, how many no worker has begun."""
+    refused: Mapping[str, int]
+    """Requests refused here: reason to number."""
+    received: Mapping[str, int]
+    """What else came in: bad frames, duplicates, cancelled calls, version mismatches."""
+    dropped: Mapping[str, int]
+    """What could not be delivered: answers to peers that are gone or do not read."""
+    registry: str
+    """The registry's URL."""
+    records: int
+    """Records known at the last look."""

@@ -1,0 +1,85 @@
+"""What the engine asks of whatever carries its messages: ZeroMQ (``sockets.py``) or memory (``memory.py``).
+
+Both are held to the same conformance suite (``tests/conformance``). A carrier keeps the order of messages on a
+connection, delivers each whole or not at all, loses what was under way when the connection ends, and then says so.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from onehop.protocol.wire import Frame
+
+
+class Unreachable(Exception):
+    """The connection an answer should go to has ended."""
+
+
+class LinkSocket(Protocol):
+    """The connecting end. Used by one thread at a time."""
+
+    fd: int
+    """Becomes readable when something may have arrived since a look that found nothing. An edge, not a level: poll
+    it only after :meth:`readable` said no."""
+    monitor_fd: int
+    """Becomes readable when :meth:`ended` may have news; an edge too."""
+
+    def send(self, frame: Frame) -> bool:
+        """Hand ``frame`` over; False when there is no room (or no connection) at the moment."""
+
+    def receive(self) -> tuple[bytes, bytes | memoryview | None] | None:
+        """The next message as (frame, large body or None); None when there is none. Never waits."""
+
+    def readable(self) -> bool:
+        """Whether a message is there."""
+
+    def ended(self) -> str | None:
+        """Why the connection ended or could not be made; None while it is being made or stands."""
+
+    def close(self) -> None:
+        """Give it back. What was not sent is lost."""
+
+
+class InboundSocket(Protocol):
+    """The binding end: many connections, each with an identity. Used by one thread at a time."""
+
+    fd: int
+    endpoints: tuple[str, ...]
+
+    def send(self, identity: bytes, frame: Frame) -> bool:
+        """Hand ``frame`` over to one connection; False when it has no room.
+
+        Raises:
+            Unreachable: the connection has ended.
+        """
+
+    def receive(self) -> tuple[bytes, bytes, bytes | memoryview | None] | None:
+        """The next message as (identity, frame, large body or None); None when there is none. Never waits."""
+
+    def readable(self) -> bool:
+        """Whether a message is there."""
+
+    def close(self, linger: float) -> None:
+        """Give it back, letting what was handed over leave for up to ``linger`` seconds."""
+
+
+class Carrier(Protocol):
+    """Makes sockets; one per node and process."""
+
+    def bind(self, endpoint: str) -> InboundSocket:
+        """Listen at ``endpoint``.
+
+        Raises:
+            ResourceLimit: the machine has no room for it.
+            SettingsError: the endpoint cannot be used; says why.
+        """
+
+    def connect(self, endpoint: str) -> LinkSocket:
+        """Begin a connection; whether it comes about is told by :meth:`LinkSocket.ended`.
+
+        Raises:
+            ResourceLimit: the machine has no room for it.
+        """
+
+    def close(self) -> None:
+        """Give everything back."""

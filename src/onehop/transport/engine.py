@@ -1,0 +1,769 @@
+"""The engine of one node in one process: links out, the inbound socket, the registry's view, and a thread for the cold.
+
+Made at first use, dropped (not closed) in a forked child. What it decides it asks of ``protocol/``; what it does not
+decide here is how to wait: that is ``link.py`` and ``inbound.py``.
+
+Locks, in the order in which they may be taken: ``_announcing``, ``lock`` (this node's table of peers, links and
+routes), a link's or the inbound socket's own. Nobody waits for the network while holding ``lock``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from itertools import count
+from time import monotonic
+from typing import NoReturn
+
+from onehop.errors import (
+    CallError,
+    CallTimeout,
+    NodeClosed,
+    NoRoute,
+    PeerLost,
+    ProtocolError,
+    Rejected,
+    RegistryError,
+    ResourceLimit,
+    TooLarge,
+    WireError,
+)
+from onehop.interfaces import Record, Registry
+from onehop.protocol import wire
+from onehop.protocol.calls import LOST, REJECTED, Call
+from onehop.protocol.inbox import Inbox, Request
+from onehop.protocol.node import NodeProtocol
+from onehop.protocol.peers import Peer
+from onehop.protocol.routes import Route, choose
+from onehop.settings import Settings
+from onehop.statistics import PeerStatistics, Statistics
+from onehop.transport.carrier import Carrier
+from onehop.transport.inbound import FOREVER, Inbound, Queue
+from onehop.transport.link import Link
+from onehop.transport.waiting import Wake, acquire, poll, start_thread
+
+inherited: ContextVar[float | None] = ContextVar("onehop_deadline", default=None)
+"""The deadline of the request that the running handler serves; calls made in it end no later."""
+
+HANDSHAKE = 5.0
+"""Seconds a peer has to answer a hello."""
+TICK = 0.1
+SLOW_TICK = 0.5
+"""Seconds between the housekeeping's rounds: while timers of served requests may be due, and otherwise."""
+
+
+class Terms:
+    """What a client asks for with each of its requests, and whose turn it is.
+
+    Args:
+        service, server: whom; any server of the service where ``server`` is empty.
+        timeout: seconds for everything.
+        ready_timeout: seconds of these that may pass while nobody offers the service.
+        monitor: seconds without a sign of life after which a call is given up; None for no such limit.
+        idempotent: whether a request may be sent again after an unknown outcome; None asks the server's record.
+    """
+
+    __slots__ = ("idempotent", "monitor", "ready_timeout", "sections", "server", "service", "timeout", "turns")
+
+    def __init__(
+        self,
+        service: str,
+        server: str,
+        timeout: float,
+        ready_timeout: float,
+        monitor: float | None,
+        idempotent: bool | None,
+    ) -> None:
+        self.service = service
+        self.server = server
+        self.timeout = timeout
+        self.ready_timeout = ready_timeout
+        self.monitor = monitor
+        self.idempotent = idempotent
+        self.turns = count()
+        self.sections: dict[tuple[str, str], bytes] = {}
+
+    def section(self, server: str, method: str) -> bytes:
+        """The address of ``method`` at ``server``, made once."""
+        key = (server, method)
+        section = self.sections.get(key)
+        if section is None:
+            if len(self.sections) > 4096:
+                self.sections.clear()
+            section = self.sections[key] = wire.names(self.service, server, method)
+        return section
+
+    def __str__(self) -> str:
+        return f"service {self.service!r}" + (f" at server {self.server!r}" if self.server else "")
+
+
+class Attempt:
+    """One request on its way to an outcome, from one server to the next.
+
+    Attributes:
+        route, link, call: of the server being tried now.
+        tried: routes that failed in this round; ``error``: the last failure; ``pause``: seconds before another round.
+        seconds: how long it took, where that is asked for.
+        seen: signs of life at the last look; -1 before the first.
+    """
+
+    __slots__ = (
+        "call", "error", "link", "method", "pause", "route", "seconds", "seen", "started", "terms", "tried", "until",
+    )  # fmt: skip
+
+    link: Link
+    call: Call
+    route: Route
+
+    def __init__(self, terms: Terms, method: str, until: float) -> None:
+        self.terms = terms
+        self.method = method
+        self.started = monotonic()
+        self.until = until
+        self.tried: list[Route] = []
+        self.error: CallError | None = None
+        self.pause = 0.05
+        self.seconds = 0.0
+        self.seen = -1
+
+    def __str__(self) -> str:
+        return f"{self.method!r} of {self.terms}: {_name(self.route.peer)}"
+
+
+class Engine:
+    """See the module.
+
+    Args:
+        settings: of the node.
+        carrier: makes the sockets.
+        registry: says where other nodes are. The engine owns it.
+        endpoint: where this node would listen, from its id; asked when it first serves.
+        release: the version of onehop.
+    """
+
+    def __init__(
+        self, settings: Settings, carrier: Carrier, registry: Registry, endpoint: Callable[[bytes], str], release: str
+    ) -> None:
+        self.settings = settings
+        self.carrier = carrier
+        self.registry = registry
+        self.closed = False
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.protocol = NodeProtocol(
+            os.urandom(16),
+            random=lambda: int.from_bytes(os.urandom(4), "big") / 2**32,
+            host=settings.host_name,
+            realm=settings.realm,
+            release=release,
+            messages=settings.inbox_messages,
+            size=settings.inbox_bytes,
+            window_messages=settings.window_messages,
+            window_bytes=settings.window_bytes,
+            reach=settings.duplicate_window,
+        )
+        self.records: tuple[Record, ...] = ()
+        self.inbound: Inbound | None = None
+        self.outcomes: Counter[str] = Counter()
+        self._endpoint = endpoint
+        self._announcing = threading.RLock()
+        self._offers: list[tuple[str, str, Queue, tuple[str, ...]]] = []
+        self._links: dict[bytes, Link] = {}
+        self._ended_links: list[Link] = []
+        self._listeners: list[Callable[[], None]] = []
+        self._wake = Wake()
+        self._keeper: threading.Thread | None = None
+        self._looked = 0.0
+        self._draining = False
+
+    def start(self) -> None:
+        """Watch the registry. Called once, before anything else.
+
+        Raises:
+            RegistryError: the registry cannot be used.
+        """
+        self.registry.watch(self._learn)
+
+    # What the registry says -----------------------------------------------------------------------
+
+    def _learn(self, records: Sequence[Record]) -> None:
+        with self.changed:
+            if self.closed:
+                return
+            self.records = tuple(records)
+            self.protocol.learn(records)
+            self.changed.notify_all()
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Have ``listener`` called after each change of the view."""
+        with self.lock:
+            self._listeners.append(listener)
+
+    def wait_for(self, condition: Callable[[], bool], until: float) -> bool:
+        """Wait until ``condition`` (asked after each change of the view) holds; False when ``until`` came first."""
+        if condition():
+            return True
+        self.registry.refresh()
+        with self.changed:
+            while not condition():
+                left = until - monotonic()
+                if left <= 0 or self.closed:
+                    return condition()
+                self.changed.wait(min(left, 60.0))
+        return True
+
+    # Links ----------------------------------------------------------------------------------------
+
+    def _begin_link(self, peer: Peer) -> Link:
+        """The link to ``peer``, begun if there is none; does not wait for it to be ready.
+
+        Raises:
+            PeerLost: it cannot be begun; nothing was sent.
+        """
+        with self.lock:
+            if self.closed:
+                raise NodeClosed("this node is closed; make a new one")
+            link: Link | None = peer.link
+            if link is not None and link.ended is None:
+                return link
+            record = peer.record
+            hello = self.protocol.connect(peer, monotonic()) if record is not None else None
+            if hello is None or record is None:
+                raise PeerLost(f"node {peer.id.hex()} is {peer.state}: not connected to", executed="no")
+            try:
+                socket = self.carrier.connect(record.endpoints[0])
+            except ResourceLimit:
+                self.protocol.lost(peer, "no room for a connection", monotonic())
+                raise
+            link = peer.link = Link(socket, peer.calls, lambda link, frame: self._control(peer, link, frame))
+            self._links[peer.id] = link
+        link.post(link.hello, hello)
+        self._keep()
+        return link
+
+    def _connect(self, peer: Peer, until: float) -> Link:
+        """The ready link to ``peer``.
+
+        Raises:
+            PeerLost, CallTimeout: it did not become ready; nothing was sent.
+        """
+        link = self._begin_link(peer)
+        if not acquire(link.opening, until - monotonic()):
+            raise CallTimeout(f"no connection to {_name(peer)} before the deadline", executed="no")
+        try:
+            if link.ready:
+                return link
+            link.wait(link.hello, 0, min(until, monotonic() + HANDSHAKE))
+        finally:
+            link.opening.release()
+        if link.ready:
+            return link
+        if link.hello.outcome is None and monotonic() >= until:
+            raise CallTimeout(f"{_name(peer)} did not answer the hello before the deadline", executed="no")
+        why = link.ended or "it did not answer the hello"
+        if link.hello.outcome == REJECTED:
+            why = "{}: {}".format(*link.hello.body)
+        self._lost(peer, link, why)
+        raise PeerLost(f"no connection to {_name(peer)}: {link.error or why}", executed="no") from link.error
+
+    def _control(self, peer: Peer, link: Link, frame: bytes) -> None:
+        """A frame from ``peer`` that is for no call."""
+        try:
+            with self.changed:
+                ready = self.protocol.control(peer, frame, monotonic())
+                self.changed.notify_all()
+        except WireError:
+            raise
+        except ProtocolError as error:
+            link.error = error
+            self._lost(peer, link, str(error))
+            return
+        if ready:
+            link.answered()
+
+    def _lost(self, peer: Peer, link: Link, why: str) -> None:
+        """The connection is over. Its calls end; the socket is closed by the housekeeping."""
+        if not link.end(why):
+            return
+        with self.changed:
+            if peer.link is link:
+                peer.link = None
+                self.protocol.lost(peer, why, monotonic())
+            self._links.pop(peer.id, None)
+            self._ended_links.append(link)
+            self.changed.notify_all()
+        self._wake.set()
+
+    # Requests -------------------------------------------------------------------------------------
+
+    def request(
+        self, terms: Terms, kind: int, flags: int, method: str, body: bytes | memoryview, *, wait: bool = True
+    ) -> Attempt:
+        """Send a request to one server and (with ``wait``) wait for its outcome.
+
+        Tries another server where one certainly did not run it, and (for idempotent methods) where it is unknown,
+        inside the deadline.
+
+        Returns:
+            The attempt that came through. Its call's outcome is REPLIED, FAILED or TAKEN; without ``wait`` it may
+            still be under way, and :meth:`outcome` waits for it.
+
+        Raises:
+            NoRoute, Rejected, CallTimeout, PeerLost, TooLarge: as their docstrings say.
+        """
+        attempt = Attempt(terms, method, self._check(terms, method, body))
+        monitor = terms.monitor if kind == wire.REQUEST else None
+        while True:
+            routes = self.protocol.routes.of(terms.service, terms.server)
+            if routes and not attempt.tried:
+                route = choose(routes, next(terms.turns))
+            else:
+                route = self._find(attempt)
+            attempt.route = route
+            link: Link = route.peer.link
+            if link is None or not link.ready:
+                try:
+                    link = self._connect(route.peer, attempt.until)
+                except (PeerLost, CallTimeout) as failure:
+                    self._again(attempt, failure)
+                    continue
+            call = attempt.call = Call(None, attempt.until, len(body))
+            attempt.link = link
+            if flags & wire.STREAM:
+                call.items = deque()
+            if link.calls.full(len(body)):
+                self._fail(self._window_full(attempt))
+            id = link.calls.begin(call)
+            section = terms.section(route.server, method)
+            frame = wire.request(kind, flags, id, attempt.until - monotonic(), monitor, section, body)
+            if link.ended is not None and link.calls.give_up(call):
+                self._again(attempt, PeerLost(f"{_name(route.peer)}: {link.ended}", executed="no"))
+                continue
+            if not wait:
+                link.post(call, frame)
+                return attempt
+            try:
+                if monitor is None:
+                    link.exchange(call, frame, attempt.until)
+                else:
+                    attempt.seen = 0
+                    link.exchange(call, frame, min(attempt.until, monotonic() + monitor))
+                self.outcome(attempt)
+            except CallTimeout:
+                raise
+            except CallError as error:
+                self._again(attempt, error)
+                continue
+            except BaseException:
+                self.cancel(link, call)
+                raise
+            return attempt
+
+    def _check(self, terms: Terms, method: str, body: bytes | memoryview) -> float:
+        """The deadline of a request that begins now."""
+        if self.closed:
+            raise NodeClosed("this node is closed; make a new one")
+        if len(body) > self.settings.max_message:
+            raise TooLarge(
+                f"{method!r} of {terms} with {len(body)} bytes; max_message allows {self.settings.max_message}. "
+                "Send less at a time (stream), or raise the setting on both sides"
+            )
+        until = monotonic() + terms.timeout
+        given = inherited.get()
+        return until if given is None or given > until else given
+
+    def outcome(self, attempt: Attempt) -> None:
+        """Wait until the call of ``attempt`` has ended well: REPLIED, FAILED or TAKEN.
+
+        Raises:
+            CallTimeout: its deadline came, or no sign of life for as long as its monitor allows.
+            Rejected, PeerLost: it ended so.
+        """
+        link, call, monitor = attempt.link, attempt.call, attempt.terms.monitor
+        if call.outcome is None:
+            until = attempt.until
+            if monitor is None:
+                while call.outcome is None and link.wait(call, call.signs, until):
+                    pass
+            while monitor is not None and call.outcome is None and call.signs != attempt.seen:
+                attempt.seen = call.signs
+                link.wait(call, attempt.seen, min(until, monotonic() + monitor))
+            if call.outcome is None and self.cancel(link, call):
+                self._fail(self._timeout(attempt))
+            while call.outcome is None:  # another thread took it out of the table and is writing the outcome
+                link.wait(call, call.signs, monotonic() + 0.001)
+        if call.outcome == REJECTED or call.outcome == LOST:
+            if call.outcome == REJECTED and call.body[0] == "hello first":
+                self._lost(attempt.route.peer, link, "it does not know this connection any more")
+            raise self._failure(attempt)
+
+    def _find(self, attempt: Attempt) -> Route:
+        """A route to try (again), waiting for one if the terms allow.
+
+        Raises:
+            NoRoute: none came within ``ready_timeout``. Where one refused or was lost, that error.
+            CallTimeout: the deadline came first.
+        """
+        terms, tried = attempt.terms, attempt.tried
+        error = attempt.error
+        full = isinstance(error, Rejected) and error.reason == "full"
+        ready = min(attempt.until, attempt.started + terms.ready_timeout)
+        while True:
+            routes = self.protocol.routes.of(terms.service, terms.server)
+            routes = tuple(route for route in routes if route not in tried) if tried else routes
+            if routes:
+                return choose(routes, next(terms.turns))
+            if error is not None and (full or monotonic() >= ready):
+                self._fail(error)
+            if tried:
+                # Each has been tried once. Another round after a pause, or when the view changes.
+                seen = self.protocol.routes
+                self.wait_for(lambda: self.protocol.routes is not seen, min(ready, monotonic() + attempt.pause))
+                attempt.pause *= 2
+                tried.clear()
+            elif not self.wait_for(lambda: bool(self.protocol.routes.of(terms.service, terms.server)), ready):
+                self._fail(self._no_route(attempt, ready))
+
+    def _again(self, attempt: Attempt, error: CallError) -> None:
+        """Note that the route failed; returns if the request may go to another, raises ``error`` if not."""
+        terms, route = attempt.terms, attempt.route
+        attempt.tried.append(route)
+        attempt.error = error
+        record, idempotent = route.peer.record, terms.idempotent
+        if idempotent is None:
+            idempotent = record is not None and attempt.method in record.idempotent.get(terms.service, ())
+        safe = error.executed == "no" or (idempotent and error.executed == "unknown")
+        if not safe or monotonic() >= attempt.until:
+            self._fail(error)
+        with self.lock:
+            self.outcomes["retried"] += 1
+
+    def _no_route(self, attempt: Attempt, ready: float) -> Exception:
+        terms = attempt.terms
+        if self.closed:
+            return NodeClosed("this node was closed while a request waited for a server")
+        if attempt.until <= ready:
+            waited = attempt.until - attempt.started
+            return CallTimeout(f"nobody offered {terms} before the deadline ({waited:.3g} s)", executed="no")
+        known = sorted(self.protocol.routes.by_service)
+        servers = sorted({route.server for route in self.protocol.routes.of(terms.service)})
+        if terms.server and servers:
+            there_is = f"its servers are {', '.join(map(repr, servers[:8]))}"
+        else:
+            there_is = f"known services: {', '.join(map(repr, known[:8]))}" if known else "no service is known at all"
+        return NoRoute(
+            f"nobody offers {terms} (waited {terms.ready_timeout:.3g} s); {there_is}. Is it started, with the same "
+            f"registry ({self.settings.registry!r}) and realm ({self.settings.realm!r})?"
+        )
+
+    def _window_full(self, attempt: Attempt) -> Rejected:
+        return Rejected(
+            f"{attempt}: {len(attempt.link.calls.pending)} requests are under way to it, as many as the window allows; "
+            "slow down or raise window_messages and window_bytes",
+            reason="full",
+        )
+
+    def _timeout(self, attempt: Attempt) -> CallTimeout:
+        now, monitor = monotonic(), attempt.terms.monitor
+        if monitor is not None and now < attempt.until:
+            what = f"gave no sign of life for {monitor:.3g} s"
+        else:
+            what = f"did not answer within {now - attempt.started:.3g} s"
+        return CallTimeout(f"{attempt} {what}", executed="unknown" if attempt.call.sent else "no")
+
+    def _failure(self, attempt: Attempt) -> CallError:
+        """The error for a call that ended as REJECTED or LOST."""
+        call = attempt.call
+        if call.outcome == REJECTED:
+            reason, text = call.body
+            return Rejected(
+                f"{attempt} refused it: {reason}" + (f" ({text})" if text else ""),
+                reason=reason,
+                executed="unknown" if reason == "duplicate" else "no",
+            )
+        if call.sent:
+            return PeerLost(f"{attempt} was lost: {call.body}; it is unknown whether it ran")
+        return PeerLost(f"{attempt} was lost: {call.body}; it was not sent", executed="no")
+
+    def _fail(self, error: Exception) -> NoReturn:
+        with self.lock:
+            self.outcomes[type(error).__name__] += 1
+        raise error
+
+    def cancel(self, link: Link, call: Call) -> bool:
+        """Give ``call`` up and tell the server; False when it had ended."""
+        if not link.calls.give_up(call):
+            return False
+        link.post(None, wire.pack(wire.CANCEL, id=call.id))
+        return True
+
+    def scatter(self, terms: Terms, kind: int, flags: int, method: str, body: bytes | memoryview) -> list[Attempt]:
+        """Send a request to every server known now, and wait for each one's outcome.
+
+        Never raises for one of them: an attempt that did not end well holds its ``error``.
+        """
+        until = self._check(terms, method, body)
+        self.registry.refresh()
+        everyone = []
+        for route in self.protocol.routes.distinct(terms.service, terms.server):
+            attempt = Attempt(terms, method, until)
+            attempt.route = route
+            everyone.append(attempt)
+            try:  # all connections begin before any is waited for
+                self._begin_link(route.peer)
+            except (CallError, ResourceLimit) as error:
+                attempt.error = error if isinstance(error, CallError) else NoRoute(str(error))
+        for attempt in everyone:
+            if attempt.error is None:
+                try:
+                    self._post_to(attempt, kind, flags, body)
+                except CallError as error:
+                    attempt.error = error
+        for attempt in everyone:
+            if attempt.error is None:
+                try:
+                    self.outcome(attempt)
+                except CallError as error:
+                    attempt.error = error
+            attempt.seconds = monotonic() - attempt.started
+        return everyone
+
+    def _post_to(self, attempt: Attempt, kind: int, flags: int, body: bytes | memoryview) -> None:
+        """Connect and send, without waiting for an outcome."""
+        terms, route, until = attempt.terms, attempt.route, attempt.until
+        link = attempt.link = self._connect(route.peer, until)
+        call = attempt.call = Call(None, until, len(body))
+        if link.calls.full(len(body)):
+            raise self._window_full(attempt)
+        id = link.calls.begin(call)
+        if kind == wire.PING:
+            frame: wire.Frame = wire.pack(wire.PING, id=id)
+        else:
+            section = terms.section(route.server, attempt.method)
+            frame = wire.request(kind, flags, id, until - monotonic(), None, section, body)
+        if link.ended is not None and link.calls.give_up(call):
+            raise PeerLost(f"{attempt} was lost: {link.ended}; it was not sent", executed="no")
+        link.post(call, frame)
+
+    # Serving --------------------------------------------------------------------------------------
+
+    def offer(self, service: str, server: str, queue: Queue, idempotent: tuple[str, ...], *, receiver: bool) -> None:
+        """Take requests for ``service`` at ``server`` into ``queue`` and announce it.
+
+        Args:
+            receiver: whether a thread of its own should receive; otherwise the queue's takers do.
+
+        Raises:
+            RegistryError, SettingsError, ResourceLimit: it cannot be announced, or the socket not be bound.
+        """
+        with self._announcing:
+            if self.closed or self._draining:
+                raise NodeClosed("this node is closed or draining; make a new one to serve")
+            if self.inbound is None:
+                endpoint = self._endpoint(self.protocol.id)
+                self.inbound = Inbound(self.carrier.bind(endpoint), self.protocol.inbox)
+            self.inbound.change(lambda inbox: inbox.offer(service, server, queue))
+            self._offers.append((service, server, queue, idempotent))
+            if receiver:
+                self.inbound.start_receiver()
+            try:
+                self._announce()
+            except RegistryError:
+                self._forget_offer(queue)
+                raise
+            self._keep()
+
+    def withdraw(self, queue: Queue) -> None:
+        """Take nothing more for ``queue``. What it has taken stays owed; polls return what is left."""
+        with self._announcing:
+            if not any(offer[2] is queue for offer in self._offers):
+                return
+            remaining = [offer for offer in self._offers if offer[2] is not queue]
+            offers, self._offers = self._offers, remaining
+            if not self.closed:
+                self._announce()
+            self._offers = offers
+            self._forget_offer(queue)
+        queue.stop()
+        if self.inbound is not None:
+            self.inbound.interrupt()
+
+    def _forget_offer(self, queue: Queue) -> None:
+        for service, server, each, _ in self._offers:
+            if each is queue and self.inbound is not None:
+                self.inbound.change(lambda inbox, s=service, n=server: inbox.withdraw(s, n, queue))  # type: ignore[misc]
+        self._offers = [offer for offer in self._offers if offer[2] is not queue]
+
+    def _announce(self) -> None:
+        if not self._offers or not self.settings.node_record:
+            self.registry.withdraw()
+            return
+        services: dict[str, tuple[str, ...]] = {}
+        idempotent: dict[str, tuple[str, ...]] = {}
+        for service, server, _, methods in self._offers:
+            services[service] = (*services.get(service, ()), server)
+            if methods:
+                idempotent[service] = tuple(sorted({*idempotent.get(service, ()), *methods}))
+        assert self.inbound is not None
+        self.registry.announce(
+            Record(
+                node=self.protocol.id.hex(),
+                host=self.protocol.host,
+                pid=os.getpid(),
+                endpoints=self.inbound.socket.endpoints,
+                services=services,
+                idempotent=idempotent,
+                version=self.protocol.release,
+                zone=self.settings.zone,
+            )
+        )
+
+    def drain(self, timeout: float, queue: Queue | None = None) -> bool:
+        """Take nothing more (at all, or for one queue) and wait until what was taken is answered.
+
+        Returns:
+            Whether all was answered within ``timeout`` seconds.
+        """
+        until = monotonic() + timeout
+        if queue is not None:
+            self.withdraw(queue)
+        elif self.inbound is not None:
+            with self._announcing:
+                self._draining = True
+                self.registry.withdraw()
+                self.inbound.change(lambda inbox: inbox.drain("draining"))
+        inbox = self.protocol.inbox
+        pause = threading.Event()
+        while True:
+            owed = [request for request in list(inbox.taken) if queue is None or request.target is queue]
+            if not owed:
+                return True
+            if monotonic() >= until:
+                return False
+            pause.wait(0.005)
+
+    # Housekeeping ---------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        if self._keeper is None:
+            with self.lock:
+                if self._keeper is None and not self.closed:
+                    self._keeper = start_thread("onehop-keeper", self._keep_house)
+        self._wake.set()
+
+    def _keep_house(self) -> None:
+        """Cold work only: ended connections, timers, links on which nobody waits."""
+        while not self.closed:
+            with self.lock:
+                links = list(self._links.items())
+                ended, self._ended_links = self._ended_links, []
+            for link in ended:
+                link.close()
+            busy = self.inbound is not None and (
+                not self.inbound.has_receiver or self.protocol.inbox.timer() is not None
+            )
+            monitors = [link.socket.monitor_fd for _, link in links if link.ended is None]
+            if poll([self._wake.fd, *monitors], TICK if busy else SLOW_TICK) and self._wake.fd >= 0:
+                self._wake.wait(0)
+            if self.closed:
+                return
+            self._look(links, monotonic())
+
+    def _look(self, links: list[tuple[bytes, Link]], now: float) -> None:
+        for id, link in links:
+            why = link.socket.ended() if link.ended is None else None
+            if why is not None:
+                peer = self.protocol.peers.peers.get(id)
+                if peer is not None:
+                    self._lost(peer, link, why)
+        with self.changed:
+            before = self.protocol.routes
+            self.protocol.handle_timer(now)
+            if self.protocol.routes is not before:
+                self.changed.notify_all()
+        if now - self._looked >= SLOW_TICK:
+            self._looked = now
+            for id, link in links:
+                if link.ended is not None:
+                    continue
+                link.look()
+                peer = self.protocol.peers.peers.get(id)
+                if peer is not None and peer.record is None and not link.calls.pending:
+                    self._lost(peer, link, "its record was withdrawn")
+        if self.inbound is not None:
+            self.inbound.look(now)
+
+    # The rest -------------------------------------------------------------------------------------
+
+    def statistics(self) -> Statistics:
+        """A snapshot."""
+        inbox: Inbox = self.protocol.inbox
+        with self.lock:
+            peers = tuple(
+                PeerStatistics(
+                    node=peer.id.hex(),
+                    host=peer.record.host if peer.record is not None else "",
+                    state=peer.state,
+                    in_flight=len(peer.calls.pending),
+                    sent=peer.calls.last,
+                    late=peer.calls.late,
+                    bad_frames=peer.link.bad_frames if peer.link is not None else 0,
+                )
+                for peer in self.protocol.peers.peers.values()
+            )
+            outcomes = dict(self.outcomes)
+        queues = {id(queue): queue for _, _, queue, _ in self._offers}
+        return Statistics(
+            node=self.protocol.id.hex(),
+            host=self.protocol.host,
+            peers=peers,
+            retried=outcomes.pop("retried", 0),
+            outcomes=outcomes,
+            taken=len(inbox.taken),
+            taken_bytes=inbox.taken_bytes,
+            waiting=sum(map(len, queues.values())),
+            refused=dict(inbox.refused),
+            received=dict(inbox.counts),
+            dropped=dict(self.inbound.counts) if self.inbound is not None else {},
+            registry=self.settings.registry,
+            records=len(self.records),
+        )
+
+    def close(self, linger: float = 1.0) -> None:
+        """End everything now. Calls under way end as lost; requests taken and not answered go unanswered."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            self.changed.notify_all()
+            links = list(self._links.items())
+            self._links.clear()
+        self.registry.close()
+        self._wake.set()
+        for _service, _server, queue, _ in self._offers:
+            queue.stop()
+        if self._keeper is not None and self._keeper is not threading.current_thread():
+            self._keeper.join(5.0)
+        for _id, link in links:
+            link.end("this node was closed")
+            link.close()
+        for link in self._ended_links:
+            link.close()
+        if self.inbound is not None:
+            self.inbound.close(linger)
+        self.carrier.close()
+
+    def expired(self, request: Request) -> bool:
+        """Whether ``request`` must not be run any more."""
+        return self.protocol.inbox.expired(request, monotonic())
+
+
+def _name(peer: Peer) -> str:
+    record = peer.record
+    return f"node {peer.id.hex()[:8]} on host {record.host!r}" if record is not None else f"node {peer.id.hex()[:8]}"

@@ -1,0 +1,307 @@
+"""The serving side: one socket that many peers connect to, and the queues its requests go to.
+
+As on a link, whoever holds the socket's lock sends and receives for all, and one thread leads. Who leads depends on
+who is there: a node that runs handlers has a receiving thread; one whose listeners are polled (the oslo driver) is
+received for by whichever listener waits; and where nobody is there, the housekeeping thread looks now and then.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from onehop.protocol.inbox import Inbox, Request
+from onehop.protocol.turns import successor
+from onehop.protocol.wire import Frame
+from onehop.transport.carrier import InboundSocket, Unreachable
+from onehop.transport.waiting import Wake, acquire, new_lock, release, start_thread
+
+BATCH = 64
+IDLE_WORKER = 30.0
+"""Seconds after which a worker without work ends."""
+FOREVER = float("inf")
+
+
+class Queue:
+    """Requests of one instance of a service that wait to be run.
+
+    Args:
+        run: what a worker (or, for inline methods, the receiving thread) does with a request; None where the queue
+            is polled.
+        workers: threads at most.
+        inline: methods that ``run`` finishes so quickly that the receiving thread may do it.
+    """
+
+    def __init__(
+        self, run: Callable[[Request], None] | None = None, workers: int = 0, inline: frozenset[str] = frozenset()
+    ) -> None:
+        self.tasks: deque[Request] = deque()
+        self.idle: list[Any] = []
+        self.stopped = False
+        self.run = run
+        self.inline = inline
+        self._workers = workers
+        self._threads: list[Any] = []
+        self._spawning = new_lock()
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def put(self, request: Request) -> bool:
+        """Add a request and wake one who waits for it; False where nobody did."""
+        self.tasks.append(request)
+        while self.idle:
+            try:
+                lock = self.idle.pop()
+            except IndexError:
+                break
+            release(lock)
+            return True
+        if len(self._threads) < self._workers:
+            with self._spawning:
+                self._threads = [thread for thread in self._threads if thread.is_alive()]
+                if len(self._threads) < self._workers:
+                    self._threads.append(start_thread("onehop-worker", self._work))
+        return False
+
+    def stop(self) -> None:
+        """Nothing more will come: workers end when the queue is empty, polls return."""
+        self.stopped = True
+        while self.idle:
+            release(self.idle.pop())
+
+    def _work(self) -> None:
+        assert self.run is not None
+        lock = new_lock()
+        lock.acquire()
+        while True:
+            try:
+                request = self.tasks.popleft()
+            except IndexError:
+                if self.stopped:
+                    return
+                self.idle.append(lock)
+                # A request may have come before the lock was in the list: look again, then sleep.
+                if (self.tasks or self.stopped) or not acquire(lock, IDLE_WORKER):
+                    try:
+                        self.idle.remove(lock)
+                    except ValueError:
+                        acquire(lock, 0)  # somebody took it out to wake us
+                    else:
+                        if not self.tasks and not self.stopped:
+                            return
+                continue
+            self.run(request)
+
+
+class Inbound:
+    """The inbound socket of a node, with the inbox behind it.
+
+    Args:
+        socket: the carrier's end.
+        inbox: what decides; touched only under this object's lock.
+    """
+
+    def __init__(self, socket: InboundSocket, inbox: Inbox) -> None:
+        self.socket = socket
+        self.counts: Counter[str] = Counter()
+        self.has_receiver = False
+        self._inbox = inbox
+        self._lock = new_lock()
+        self._lead = new_lock()
+        self._leading_for: Queue | None = None
+        self._takers: dict[Any, Any] = {}
+        self._out: deque[tuple[Request, Frame | None, bool]] = deque()
+        self._wake = Wake(socket.fd)
+        self._closing = False
+
+    # Answers --------------------------------------------------------------------------------------
+
+    def answer(self, request: Request, frame: Frame | None, *, last: bool = True) -> None:
+        """Queue an answer and see that it is sent; does not wait.
+
+        Args:
+            frame: None where nothing is to be sent and the request only gives its room back.
+            last: whether the request is finished with it.
+        """
+        self._out.append((request, frame, last))
+        self._turn()
+
+    def change(self, action: Callable[[Inbox], None]) -> None:
+        """Do something to the inbox under its lock, and send what it wants sent."""
+        with self._lock:
+            action(self._inbox)
+            self._send_outgoing([])
+
+    def _send(self, moved: list[Request]) -> None:
+        """Send what is queued, under ``_lock``."""
+        out, inbox = self._out, self._inbox
+        while out:
+            request, frame, last = out.popleft()
+            if last and not inbox.finish(request):
+                continue  # answered before: an answer is sent once
+            if frame is not None:
+                self._send_one(request.identity, frame, moved)
+
+    def _send_one(self, identity: bytes, frame: Frame, moved: list[Request]) -> None:
+        try:
+            if not self.socket.send(identity, frame):
+                # Far above what a caller within its window can be owed: it does not read. Waiting for it would
+                # hold up everybody else.
+                self.counts["answers to a peer that does not read"] += 1
+        except Unreachable:
+            self.counts["answers to a peer that is gone"] += 1
+            moved.extend(self._inbox.gone(identity))
+
+    def _send_outgoing(self, moved: list[Request]) -> None:
+        inbox = self._inbox
+        while inbox.outgoing:
+            waiting, inbox.outgoing = inbox.outgoing, []
+            for identity, frame in waiting:
+                self._send_one(identity, frame, moved)
+
+    def _turn(self) -> None:
+        """Send and receive for everybody, unless somebody who will look again has the socket."""
+        while self._out and self._lock.acquire(False):
+            moved: list[Request] = []
+            try:
+                more = self._pump(moved)
+            finally:
+                self._lock.release()
+            self._dispatch(moved)
+            if more:
+                self._wake.set()
+
+    def _pump(self, moved: list[Request]) -> bool:
+        """Send what is queued and take in what came, under ``_lock``; True when more may be there."""
+        if self._out:
+            self._send(moved)
+        if self._closing:
+            return False
+        socket, inbox = self.socket, self._inbox
+        more = True
+        now = 0.0
+        for _ in range(BATCH):
+            if not socket.readable():
+                more = False
+                break
+            message = socket.receive()
+            if message is None:
+                more = False
+                break
+            now = now or monotonic()
+            inbox.receive(*message, now, moved)
+        if inbox.outgoing:
+            self._send_outgoing(moved)
+        return more
+
+    def _dispatch(self, moved: list[Request], leading: bool = False) -> None:
+        """Give each new request to its queue; wake whoever waits for news of one that runs."""
+        for request in moved:
+            if request.queued:
+                if request.waiter is not None:
+                    release(request.waiter)
+                continue
+            request.queued = True
+            if request.method in request.target.inline:
+                request.target.run(request)
+            elif not request.target.put(request) and not leading and request.target is self._leading_for:
+                self._wake.set()
+
+    # Receiving ------------------------------------------------------------------------------------
+
+    def start_receiver(self) -> None:
+        """From now on a thread of its own receives, until :meth:`close`."""
+        if not self.has_receiver:
+            self.has_receiver = True
+            start_thread("onehop-receiver", self._receive_always)
+
+    def _receive_always(self) -> None:
+        self._lead.acquire()
+        try:
+            self._receive(None, FOREVER)
+        finally:
+            self._lead.release()
+
+    def look(self, now: float) -> None:
+        """Timers, and a look at the socket if nobody leads."""
+        moved: list[Request] = []
+        with self._lock:
+            if self._closing:
+                return
+            self._inbox.handle_timer(now)
+            self._send_outgoing(moved)
+            alone = not self._lead.locked()
+            if alone:
+                self._pump(moved)
+        self._dispatch(moved)
+
+    def take(self, queue: Queue, until: float) -> Request | None:
+        """The next request of ``queue``; None when ``until`` came first, or the queue is stopped and empty."""
+        lock = new_lock()
+        lock.acquire()
+        self._takers[lock] = lock
+        try:
+            while True:
+                try:
+                    return queue.tasks.popleft()
+                except IndexError:
+                    if queue.stopped or monotonic() >= until:
+                        return None
+                if self._lead.acquire(False):
+                    try:
+                        self._receive(queue, until)
+                    finally:
+                        self._lead.release()
+                    continue
+                queue.idle.append(lock)
+                if not queue.tasks and not queue.stopped and self._lead.locked():
+                    acquire(lock, until - monotonic())
+                try:
+                    queue.idle.remove(lock)
+                except ValueError:
+                    acquire(lock, 0)
+        finally:
+            del self._takers[lock]
+            if self._takers and not self._lead.locked():
+                next_one = successor(self._takers)
+                if next_one is not None:
+                    release(next_one)
+
+    def interrupt(self) -> None:
+        """Let whoever leads look whether it still should."""
+        self._wake.set()
+
+    def _receive(self, queue: Queue | None, until: float) -> None:
+        """Lead until ``queue`` has a request, ``until`` has come, or the socket closes."""
+        self._leading_for = queue
+        try:
+            while not self._closing:
+                moved: list[Request] = []
+                self._lock.acquire()
+                try:
+                    more = self._pump(moved)
+                finally:
+                    self._lock.release()
+                if moved:
+                    self._dispatch(moved, leading=True)
+                if queue is not None and (queue.tasks or queue.stopped):
+                    return
+                if more or self._out:
+                    continue
+                left = until - monotonic()
+                if left <= 0:
+                    return
+                self._wake.wait(left)
+        finally:
+            self._leading_for = None
+
+    def close(self, linger: float) -> None:
+        """Stop receiving and give the socket back; what was answered may leave for ``linger`` seconds."""
+        self._closing = True
+        self._wake.set()
+        with self._lead, self._lock:
+            self._send([])
+            self.socket.close(linger)

@@ -1,0 +1,282 @@
+"""The carrier inside one process: no ZeroMQ, no files, and as strict as the wire.
+
+For tests, ours and users'. It keeps the same promises and withholds the same: bounded queues, bytes only, one
+direction at a time, an edge-triggered descriptor, loss of what is under way when a connection ends. The conformance
+suite holds it and ZeroMQ to the same rules.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from onehop.errors import SettingsError
+from onehop.interfaces import Deliver, Record
+from onehop.protocol.wire import Frame
+from onehop.transport.carrier import InboundSocket, LinkSocket, Unreachable
+
+HIGH_WATER = 8_192
+LARGEST = 64 * 1024 * 1024
+
+Message = tuple[bytes, bytes | None]
+
+
+def _copied(frame: Frame) -> Message:
+    """What arrives: bytes of its own, as after a copy through the kernel."""
+    head, body = (frame, None) if isinstance(frame, bytes) else (frame[0], bytes(frame[1]))
+    if not isinstance(head, bytes):
+        raise TypeError(f"a frame is bytes, not {type(head).__name__}")
+    return head, body
+
+
+def _too_large(message: Message) -> bool:
+    return max(len(message[0]), len(message[1] or b"")) > LARGEST
+
+
+class _Edge:
+    """A descriptor that becomes readable once for all that came since a look that found nothing."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._armed = True
+
+    def signal(self) -> None:
+        if self._armed and self.fd >= 0:
+            self._armed = False
+            os.eventfd_write(self.fd, 1)
+
+    def arm(self) -> None:
+        try:
+            os.eventfd_read(self.fd)
+        except (BlockingIOError, OSError):
+            pass
+        self._armed = True
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+
+class _Connection:
+    def __init__(self, identity: bytes, lock: threading.RLock) -> None:
+        self.identity = identity
+        self.lock = lock
+        self.inbound: _MemoryInbound | None = None
+        self.to_client: deque[Message] = deque()
+        self.client_edge = _Edge()
+        self.monitor_edge = _Edge()
+        self.under_way = 0
+        self.ended: str | None = None
+
+    def end(self, why: str) -> None:
+        if self.ended is None:
+            self.ended = why
+            if self.inbound is not None:
+                self.inbound.connections.pop(self.identity, None)
+            self.client_edge.signal()
+            self.monitor_edge.signal()
+
+
+class _MemoryLink(LinkSocket):
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self.fd = connection.client_edge.fd
+        self.monitor_fd = connection.monitor_edge.fd
+
+    def send(self, frame: Frame) -> bool:
+        connection, message = self._connection, _copied(frame)
+        with connection.lock:
+            inbound = connection.inbound
+            if connection.ended is not None or inbound is None or connection.under_way >= HIGH_WATER:
+                return False
+            if _too_large(message):
+                connection.end("the message was larger than the other side takes")
+                return True
+            connection.under_way += 1
+            inbound.messages.append((connection, message))
+            inbound.edge.signal()
+        return True
+
+    def receive(self) -> tuple[bytes, bytes | memoryview | None] | None:
+        with self._connection.lock:
+            return self._connection.to_client.popleft() if self._connection.to_client else None
+
+    def readable(self) -> bool:
+        connection = self._connection
+        with connection.lock:
+            if not connection.to_client:
+                connection.client_edge.arm()
+            return bool(connection.to_client)
+
+    def ended(self) -> str | None:
+        with self._connection.lock:
+            self._connection.monitor_edge.arm()
+            return self._connection.ended
+
+    def close(self) -> None:
+        with self._connection.lock:
+            self._connection.end("closed here")
+            self._connection.client_edge.close()
+            self._connection.monitor_edge.close()
+
+
+class _MemoryInbound(InboundSocket):
+    def __init__(self, network: Network, endpoint: str, lock: threading.RLock) -> None:
+        self.endpoints = (endpoint,)
+        self.connections: dict[bytes, _Connection] = {}
+        self.messages: deque[tuple[_Connection, Message]] = deque()
+        self.edge = _Edge()
+        self.fd = self.edge.fd
+        self._network = network
+        self._lock = lock
+
+    def send(self, identity: bytes, frame: Frame) -> bool:
+        message = _copied(frame)
+        with self._lock:
+            connection = self.connections.get(identity)
+            if connection is None:
+                raise Unreachable
+            if len(connection.to_client) >= HIGH_WATER:
+                return False
+            connection.to_client.append(message)
+            connection.client_edge.signal()
+        return True
+
+    def receive(self) -> tuple[bytes, bytes, bytes | memoryview | None] | None:
+        with self._lock:
+            while self.messages:
+                connection, (head, body) = self.messages.popleft()
+                connection.under_way -= 1
+                return connection.identity, head, body
+        return None
+
+    def readable(self) -> bool:
+        with self._lock:
+            if not self.messages:
+                self.edge.arm()
+            return bool(self.messages)
+
+    def close(self, linger: float) -> None:
+        with self._lock:
+            self._network.sockets.pop(self.endpoints[0], None)
+            for connection in list(self.connections.values()):
+                connection.end("the connection ended")
+            self.messages.clear()
+            self.edge.close()
+
+
+class Network:
+    """A network inside this process: give it to the nodes that should know each other.
+
+    ``Node(network=network)`` makes a node on it. It has a registry of its own, and can be cut.
+    """
+
+    def __init__(self) -> None:
+        self.sockets: dict[str, _MemoryInbound] = {}
+        self._lock = threading.RLock()
+        self._count = 0
+        self._registries: list[_MemoryRegistry] = []
+        self._telling = threading.RLock()
+
+    def carrier(self) -> Network:
+        """The carrier of one node; the network itself, which has nothing to give back per node."""
+        return self
+
+    def endpoint(self, node: bytes) -> str:
+        """Where the node of that id listens."""
+        return f"memory://{node.hex()}"
+
+    def bind(self, endpoint: str) -> InboundSocket:
+        with self._lock:
+            if endpoint in self.sockets:
+                raise SettingsError(f"cannot listen at {endpoint}: it is in use")
+            inbound = self.sockets[endpoint] = _MemoryInbound(self, endpoint, self._lock)
+        return inbound
+
+    def connect(self, endpoint: str) -> LinkSocket:
+        with self._lock:
+            self._count += 1
+            connection = _Connection(b"\0" + self._count.to_bytes(4, "big"), self._lock)
+            connection.inbound = self.sockets.get(endpoint)
+            if connection.inbound is None:
+                connection.end("nobody listens there")
+            else:
+                connection.inbound.connections[connection.identity] = connection
+        return _MemoryLink(connection)
+
+    def close(self) -> None:
+        """Nothing: sockets are closed by their owners."""
+
+    def cut(self, endpoint: str) -> None:
+        """End every connection to ``endpoint``; what was under way is lost."""
+        with self._lock:
+            inbound = self.sockets[endpoint]
+            inbound.messages.clear()
+            for connection in list(inbound.connections.values()):
+                connection.to_client.clear()
+                connection.end("the connection ended")
+
+    def registry(self) -> _MemoryRegistry:
+        """A node's view of the network's records."""
+        return _MemoryRegistry(self)
+
+    def told(self, change: Callable[[], None]) -> None:
+        """Apply ``change`` to the records and tell every watcher."""
+        with self._telling:
+            change()
+            view = sorted(
+                (each.record for each in self._registries if each.record is not None), key=lambda record: record.node
+            )
+            for each in list(self._registries):
+                if each.deliver is not None:
+                    each.deliver(view)
+
+    def join(self, registry: _MemoryRegistry) -> None:
+        if registry not in self._registries:
+            self._registries.append(registry)
+
+    def leave(self, registry: _MemoryRegistry) -> None:
+        if registry in self._registries:
+            self._registries.remove(registry)
+
+
+class _MemoryRegistry:
+    """The registry of a :class:`Network`: always fresh, never away."""
+
+    def __init__(self, network: Network) -> None:
+        self.record: Record | None = None
+        self.deliver: Deliver | None = None
+        self._network = network
+
+    def _set(self, record: Record | None) -> None:
+        self.record = record
+        self._network.join(self)
+
+    def announce(self, record: Record) -> None:
+        self._network.told(lambda: self._set(record))
+
+    def withdraw(self) -> None:
+        if self.record is not None:
+            self._network.told(lambda: self._set(None))
+
+    def watch(self, deliver: Deliver) -> None:
+        def begin() -> None:
+            self._network.join(self)
+            self.deliver = deliver
+
+        self._network.told(begin)
+
+    def refresh(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.deliver = None
+        self.withdraw()
+        self._network.leave(self)
+
+    def forget(self) -> None:
+        self.deliver = None
+        self.record = None

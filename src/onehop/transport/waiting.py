@@ -1,0 +1,97 @@
+"""How a thread waits for descriptors, and is woken: looked up when used.
+
+A program may patch ``select`` and the locks for green threads at any time (and the patch removes ``poll``). Nothing
+here imports such a library; it takes what the standard modules hold at that moment.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import select
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+LONGEST_WAIT = 3600.0
+"""Seconds; a wait that has no end is cut into these."""
+
+
+def new_lock() -> Any:
+    """A lock of the kind that suits the running program (a green one under a patch)."""
+    return _thread.allocate_lock()
+
+
+def acquire(lock: Any, seconds: float) -> bool:
+    """Take ``lock`` within ``seconds``."""
+    return bool(lock.acquire(True, min(max(seconds, 0.0), LONGEST_WAIT)))
+
+
+def release(lock: Any) -> None:
+    """Wake who sleeps on ``lock``. Waking twice is harmless: sleepers look at what they wait for, not at the lock."""
+    try:
+        lock.release()
+    except RuntimeError:
+        pass
+
+
+def poll(descriptors: Sequence[int], seconds: float) -> list[int]:
+    """Wait until one of ``descriptors`` is readable, at most ``seconds``; returns those that are."""
+    poll_type = getattr(select, "poll", None)
+    seconds = min(max(seconds, 0.0), LONGEST_WAIT)
+    if poll_type is None:
+        return select.select(list(descriptors), [], [], seconds)[0]
+    poller = poll_type()
+    for descriptor in descriptors:
+        poller.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poller.poll(seconds * 1000)]
+
+
+class Wake:
+    """Something to poll beside a socket, so that another thread can end the wait.
+
+    Args:
+        beside: the descriptor of the socket, if there is one.
+    """
+
+    __slots__ = ("_both", "_poller", "fd")
+
+    def __init__(self, *beside: int) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._both = (*beside, self.fd)
+        self._poller: Any = None
+        if hasattr(select, "poll"):
+            self._poller = select.poll()
+            for descriptor in self._both:
+                self._poller.register(descriptor, select.POLLIN)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until the socket's descriptor or :meth:`set` ends it, at most ``seconds``. One thread at a time."""
+        if seconds > LONGEST_WAIT:
+            seconds = LONGEST_WAIT
+        if self._poller is not None and hasattr(select, "poll"):
+            # Rounded up: a wait that ends a little early would turn into a busy one.
+            ready = self._poller.poll(int(seconds * 1000) + 1 if seconds > 0 else 0)
+        else:
+            ready = [(fd, 0) for fd in select.select(self._both, (), (), max(seconds, 0.0))[0]]
+        for fd, _ in ready:
+            if fd == self.fd:
+                try:
+                    os.eventfd_read(fd)
+                except BlockingIOError:
+                    pass
+
+    def set(self) -> None:
+        """End the wait under way, or the next one."""
+        os.eventfd_write(self.fd, 1)
+
+    def __del__(self) -> None:
+        # Not before: another thread may be about to set it, and would write to whatever got the number next.
+        os.close(self.fd)
+
+
+def start_thread(name: str, target: Any, *arguments: Any) -> threading.Thread:
+    """Start a daemon thread of the kind that suits the running program."""
+    thread = threading.Thread(name=name, target=target, args=arguments, daemon=True)
+    thread.start()
+    return thread
