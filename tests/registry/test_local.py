@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import grp
 import logging
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -226,6 +228,39 @@ def test_what_a_dead_process_begot_does_not_keep_its_record(settings: Settings, 
         os.close(lives_on)
 
 
+def lock_and_place(registry: LocalRegistry, record: Record) -> int:
+    """A record put in place by hand; returns the descriptor that locks it, opened for reading only."""
+    unfinished = registry.prepare() / "unfinished"
+    unfinished.write_bytes(msgspec.json.encode(record))
+    descriptor = os.open(unfinished, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    unfinished.rename(registry.directory / f"{record.node}.json")
+    return descriptor
+
+
+def test_two_who_ask_at_once_both_know_that_a_node_is_dead(make: Open) -> None:
+    registry, views = make(), Views()
+    descriptor = lock_and_place(registry, record(1))
+    registry.watch(views)
+    assert views.nodes == [1]
+    fcntl.flock(descriptor, fcntl.LOCK_SH)  # as another who asks holds it
+    registry.refresh()
+    assert views.nodes == []
+    os.close(descriptor)
+
+
+def test_a_lock_that_goes_just_after_the_notice_is_seen_to_go(make: Open, watched: Views) -> None:
+    # The kernel tells that a dying process closed the file, and drops its lock after that.
+    registry = make()
+    for number in range(5):
+        descriptor = lock_and_place(registry, record(number))
+        assert watched.become(number)
+        os.close(os.open(registry.directory / f"{number:032x}.json", os.O_WRONLY))  # the notice
+        time.sleep(0.004)
+        os.close(descriptor)
+        assert watched.become(within=NOTICED_WITHIN)
+
+
 # --- changes ---
 
 
@@ -271,14 +306,12 @@ def test_a_removed_file_is_published_again(make: Open, watched: Views) -> None:
     assert watched.become(1)
 
 
-def test_a_removed_directory_is_made_again(make: Open, watched: Views) -> None:
+def test_a_removed_directory_is_made_again(make: Open, watched: Views, tmp_path: Path) -> None:
     registry = make()
     registry.announce(record(1))
     registry.watch(Views())
     assert watched.become(1)
-    for path in registry.directory.iterdir():
-        path.unlink()
-    registry.directory.rmdir()
+    registry.directory.rename(tmp_path / "away")  # at once, as it is restored while it is emptied
     assert eventually((registry.directory / f"{1:032x}.json").exists)
     make().announce(record(2))
     assert watched.become(1, 2)
@@ -476,9 +509,10 @@ def test_a_record_that_is_too_large_is_refused(make: Open) -> None:
 # --- directories, users and groups ---
 
 
-def test_directories_are_for_their_user_alone_whatever_the_umask(settings: Settings) -> None:
+@pytest.mark.parametrize("umask", [0, 0o377])
+def test_directories_are_for_their_user_alone_whatever_the_umask(settings: Settings, umask: int) -> None:
     registry = LocalRegistry(settings)
-    before = os.umask(0)
+    before = os.umask(umask)
     try:
         registry.announce(record(1))
     finally:
