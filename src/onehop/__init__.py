@@ -23,8 +23,8 @@ from onehop.errors import (
     CallTimeout,
     DecodeError,
     EncodeError,
-    NoRoute,
     NodeClosed,
+    NoRoute,
     NoSuchMethod,
     OnehopError,
     PayloadError,
@@ -44,16 +44,18 @@ if TYPE_CHECKING:
     from onehop.handlers import method
     from onehop.interfaces import Record
     from onehop.settings import Settings
-    from onehop.sync.node import (
+    from onehop.sync import (
         Call,
         Client,
         Gathered,
         Incoming,
         Listener,
+        Network,
         Node,
         Receipt,
         Server,
         ServerView,
+        Serving,
         Stream,
         current,
     )
@@ -71,14 +73,16 @@ _LAZY = {
             "Gathered",
             "Incoming",
             "Listener",
+            "Network",
             "Node",
             "Receipt",
             "Server",
             "ServerView",
+            "Serving",
             "Stream",
             "current",
         ),
-        "onehop.sync.node",
+        "onehop.sync",
     ),
 }
 
@@ -94,6 +98,7 @@ __all__ = [
     "Gathered",
     "Incoming",
     "Listener",
+    "Network",
     "NoRoute",
     "NoSuchMethod",
     "Node",
@@ -110,6 +115,7 @@ __all__ = [
     "ResourceLimit",
     "Server",
     "ServerView",
+    "Serving",
     "Settings",
     "SettingsError",
     "Stream",

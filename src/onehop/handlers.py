@@ -121,7 +121,7 @@ def methods_of(handler: Any) -> dict[str, Method]:
         # Properties are not looked up: reading one could run code before anybody called anything.
         functions = {
             name: getattr(handler, name) for name in dir(type(handler)) + list(getattr(handler, "__dict__", ()))
-            if not name.startswith("_") and callable(inspect.getattr_static(handler, name, None))
+            if (not name.startswith("_") and callable(inspect.getattr_static(handler, name, None)))
             or isinstance(inspect.getattr_static(handler, name, None), (staticmethod, classmethod))
         }  # fmt: skip
         functions = {name: each for name, each in functions.items() if not name.startswith("_")}
@@ -169,9 +169,7 @@ def _restorable(hint: Any) -> Any:
 def _has_custom(shape: Any) -> bool:
     if isinstance(shape, msgspec.inspect.CustomType):
         return True
-    inner: list[Any] = []
-    for name in ("item_type", "key_type", "value_type"):
-        inner.append(getattr(shape, name, None))
+    inner = [getattr(shape, name, None) for name in ("item_type", "key_type", "value_type")]
     for name in ("types", "item_types"):
         inner.extend(getattr(shape, name, ()))
     return any(_has_custom(each) for each in inner if each is not None)

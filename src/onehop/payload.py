@@ -4,7 +4,7 @@ What a plain round trip keeps: None, bool, int of any size, float (NaN and infin
 (with int, str, bytes, bool, float or None as keys), and aware datetimes. What it changes: tuple, set and frozenset come
 back as list; naive datetime, date, time, timedelta, UUID, Decimal and enums as their text or value; dataclasses,
 attrs classes and msgspec Structs as dict; bytearray and memoryview as bytes. Type hints of a handler, or ``returns``
-of a client, restore all of these. Anything else is refused when it is sent. ``docs/reference/payload.md`` has the table.
+of a client, restore all of these. Anything else is refused when it is sent. The table: ``docs/reference/payload.md``.
 """
 
 from __future__ import annotations

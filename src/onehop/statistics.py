@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 import msgspec
 
+RELEASE = "0.1.0"
+"""The version of onehop, as records and hellos tell it."""
+
 
 class PeerStatistics(msgspec.Struct, frozen=True):
     """One peer, as seen from here."""

@@ -103,13 +103,7 @@ class CallTable:
         Raises:
             WireError: the frame breaks the wire format. Nothing has changed.
         """
-        (
-            kind,
-            flags,
-            extent,
-            _number,
-            id,
-        ) = wire.HEADER.unpack_from(frame)
+        (kind, flags, extent, _number, id) = wire.HEADER.unpack_from(frame)
         if kind == wire.REPLY:
             call = self.pending.pop(id, None)
             self.load = extent

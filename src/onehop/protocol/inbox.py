@@ -9,11 +9,13 @@ A request runs at most once: it carries its sender's node id (said in the hello)
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, TypeVar
 
 from onehop.errors import WireError
 from onehop.protocol import wire
 from onehop.protocol.wire import Frame, Hello
+
+Key = TypeVar("Key")
 
 SILENT_AFTER = 60.0
 """Seconds without a frame after which a connection is probed: is it still there?"""
@@ -86,8 +88,24 @@ class Request:
     """
 
     __slots__ = (
-        "answered", "body", "cancelled", "granted", "deadline", "identity", "kind", "flags", "id", "method", "monitor",
-        "node", "queued", "server", "service", "size", "target", "waiter",
+        "answered",
+        "body",
+        "cancelled",
+        "deadline",
+        "flags",
+        "granted",
+        "id",
+        "identity",
+        "kind",
+        "method",
+        "monitor",
+        "node",
+        "queued",
+        "server",
+        "service",
+        "size",
+        "target",
+        "waiter",
     )  # fmt: skip
 
     def __init__(
@@ -174,12 +192,8 @@ class Inbox:
 
     def withdraw(self, service: str, server: str, target: Any) -> None:
         """The reverse of :meth:`offer`. What ``target`` has taken stays owed."""
-        for table, key in ((self._offers, (service, server)), (self._services, service)):
-            targets = table.get(key, [])  # type: ignore[attr-defined]
-            if target in targets:
-                targets.remove(target)
-            if not targets:
-                table.pop(key, None)  # type: ignore[attr-defined]
+        _remove(self._offers, (service, server), target)
+        _remove(self._services, service, target)
 
     # What comes in --------------------------------------------------------------------------------
 
@@ -266,10 +280,9 @@ class Inbox:
             if body is None:
                 body = frame[start:]
             deadline = None if head.number == wire.NO_DEADLINE else now + head.number / 1000
-            if len(targets) > 1:
-                if not head.flags & wire.FANOUT:
-                    targets.append(targets.pop(0))  # in turn
-                    targets = targets[-1:]
+            if len(targets) > 1 and not head.flags & wire.FANOUT:
+                targets.append(targets.pop(0))  # in turn
+                targets = targets[-1:]
             size = len(frame) + len(body)
             for target in targets:
                 request = Request(identity, head, sender.node, names, body, deadline, monitor, size, target)
@@ -357,3 +370,11 @@ class Inbox:
     def timer(self) -> float | None:
         """When :meth:`handle_timer` should next be called for a heartbeat; None when none is owed."""
         return min(self._beats.values(), default=None)
+
+
+def _remove(table: dict[Key, list[Any]], key: Key, target: Any) -> None:
+    targets = table.get(key, [])
+    if target in targets:
+        targets.remove(target)
+    if not targets:
+        table.pop(key, None)

@@ -19,14 +19,13 @@ rule 2 do their two steps in opposite order, hence at least one of them sees the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TypeVar
 
 Key = TypeVar("Key")
 Waiting = TypeVar("Waiting")
 
 
-def successor(waiting: Mapping[Key, Waiting]) -> Waiting | None:
+def successor(waiting: dict[Key, Waiting]) -> Waiting | None:
     """Whom a leaver wakes: the newest of those who wait, or None.
 
     The newest was running a moment ago, so its stack and its data are still in the cache. Measured, first-come
@@ -34,7 +33,7 @@ def successor(waiting: Mapping[Key, Waiting]) -> Waiting | None:
     """
     while waiting:
         try:
-            return waiting[next(reversed(waiting))]  # type: ignore[call-overload,no-any-return]
+            return waiting[next(reversed(waiting))]
         except (KeyError, RuntimeError, StopIteration):
             continue  # it left, or another came, while we looked
     return None

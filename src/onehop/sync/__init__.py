@@ -1,18 +1,8 @@
 """The blocking face."""
 
-from onehop.sync.node import (
-    Call,
-    Client,
-    Gathered,
-    Incoming,
-    Listener,
-    Node,
-    Receipt,
-    Server,
-    ServerView,
-    Stream,
-    current,
-)
+from onehop.sync.client import Call, Client, Gathered, Receipt, Stream
+from onehop.sync.node import Network, Node, ServerView
+from onehop.sync.server import Incoming, Listener, Server, Serving, current
 
 __all__ = [
     "Call",
@@ -20,10 +10,12 @@ __all__ = [
     "Gathered",
     "Incoming",
     "Listener",
+    "Network",
     "Node",
     "Receipt",
     "Server",
     "ServerView",
+    "Serving",
     "Stream",
     "current",
 ]

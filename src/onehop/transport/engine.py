@@ -14,7 +14,6 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from itertools import count
 from time import monotonic
 from typing import NoReturn
 
@@ -25,24 +24,25 @@ from onehop.errors import (
     NoRoute,
     PeerLost,
     ProtocolError,
-    Rejected,
     RegistryError,
+    Rejected,
     ResourceLimit,
     TooLarge,
     WireError,
 )
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
-from onehop.protocol.calls import LOST, REJECTED, Call
+from onehop.protocol.calls import LOST, REJECTED, REPLIED, Call
 from onehop.protocol.inbox import Inbox, Request
 from onehop.protocol.node import NodeProtocol
 from onehop.protocol.peers import Peer
-from onehop.protocol.routes import Route, choose
+from onehop.protocol.routes import Route, Routes, choose
 from onehop.settings import Settings
 from onehop.statistics import PeerStatistics, Statistics
 from onehop.transport.carrier import Carrier
-from onehop.transport.inbound import FOREVER, Inbound, Queue
+from onehop.transport.inbound import Inbound, Queue
 from onehop.transport.link import Link
+from onehop.transport.requests import Attempt, Terms, name_of
 from onehop.transport.waiting import Wake, acquire, poll, start_thread
 
 inherited: ContextVar[float | None] = ContextVar("onehop_deadline", default=None)
@@ -53,84 +53,6 @@ HANDSHAKE = 5.0
 TICK = 0.1
 SLOW_TICK = 0.5
 """Seconds between the housekeeping's rounds: while timers of served requests may be due, and otherwise."""
-
-
-class Terms:
-    """What a client asks for with each of its requests, and whose turn it is.
-
-    Args:
-        service, server: whom; any server of the service where ``server`` is empty.
-        timeout: seconds for everything.
-        ready_timeout: seconds of these that may pass while nobody offers the service.
-        monitor: seconds without a sign of life after which a call is given up; None for no such limit.
-        idempotent: whether a request may be sent again after an unknown outcome; None asks the server's record.
-    """
-
-    __slots__ = ("idempotent", "monitor", "ready_timeout", "sections", "server", "service", "timeout", "turns")
-
-    def __init__(
-        self,
-        service: str,
-        server: str,
-        timeout: float,
-        ready_timeout: float,
-        monitor: float | None,
-        idempotent: bool | None,
-    ) -> None:
-        self.service = service
-        self.server = server
-        self.timeout = timeout
-        self.ready_timeout = ready_timeout
-        self.monitor = monitor
-        self.idempotent = idempotent
-        self.turns = count()
-        self.sections: dict[tuple[str, str], bytes] = {}
-
-    def section(self, server: str, method: str) -> bytes:
-        """The address of ``method`` at ``server``, made once."""
-        key = (server, method)
-        section = self.sections.get(key)
-        if section is None:
-            if len(self.sections) > 4096:
-                self.sections.clear()
-            section = self.sections[key] = wire.names(self.service, server, method)
-        return section
-
-    def __str__(self) -> str:
-        return f"service {self.service!r}" + (f" at server {self.server!r}" if self.server else "")
-
-
-class Attempt:
-    """One request on its way to an outcome, from one server to the next.
-
-    Attributes:
-        route, link, call: of the server being tried now.
-        tried: routes that failed in this round; ``error``: the last failure; ``pause``: seconds before another round.
-        seconds: how long it took, where that is asked for.
-        seen: signs of life at the last look; -1 before the first.
-    """
-
-    __slots__ = (
-        "call", "error", "link", "method", "pause", "route", "seconds", "seen", "started", "terms", "tried", "until",
-    )  # fmt: skip
-
-    link: Link
-    call: Call
-    route: Route
-
-    def __init__(self, terms: Terms, method: str, until: float) -> None:
-        self.terms = terms
-        self.method = method
-        self.started = monotonic()
-        self.until = until
-        self.tried: list[Route] = []
-        self.error: CallError | None = None
-        self.pause = 0.05
-        self.seconds = 0.0
-        self.seen = -1
-
-    def __str__(self) -> str:
-        return f"{self.method!r} of {self.terms}: {_name(self.route.peer)}"
 
 
 class Engine:
@@ -218,6 +140,10 @@ class Engine:
                 self.changed.wait(min(left, 60.0))
         return True
 
+    def _wait_for_change(self, routes: Routes, until: float) -> None:
+        """Wait until ``routes`` is not the picture any more."""
+        self.wait_for(lambda: self.protocol.routes is not routes, until)
+
     # Links ----------------------------------------------------------------------------------------
 
     def _begin_link(self, peer: Peer) -> Link:
@@ -255,22 +181,20 @@ class Engine:
         """
         link = self._begin_link(peer)
         if not acquire(link.opening, until - monotonic()):
-            raise CallTimeout(f"no connection to {_name(peer)} before the deadline", executed="no")
+            raise CallTimeout(f"no connection to {name_of(peer)} before the deadline", executed="no")
         try:
-            if link.ready:
-                return link
             link.wait(link.hello, 0, min(until, monotonic() + HANDSHAKE))
         finally:
             link.opening.release()
-        if link.ready:
+        if link.hello.outcome == REPLIED:
             return link
         if link.hello.outcome is None and monotonic() >= until:
-            raise CallTimeout(f"{_name(peer)} did not answer the hello before the deadline", executed="no")
+            raise CallTimeout(f"{name_of(peer)} did not answer the hello before the deadline", executed="no")
         why = link.ended or "it did not answer the hello"
         if link.hello.outcome == REJECTED:
             why = "{}: {}".format(*link.hello.body)
         self._lost(peer, link, why)
-        raise PeerLost(f"no connection to {_name(peer)}: {link.error or why}", executed="no") from link.error
+        raise PeerLost(f"no connection to {name_of(peer)}: {link.error or why}", executed="no") from link.error
 
     def _control(self, peer: Peer, link: Link, frame: bytes) -> None:
         """A frame from ``peer`` that is for no call."""
@@ -338,12 +262,12 @@ class Engine:
             if flags & wire.STREAM:
                 call.items = deque()
             if link.calls.full(len(body)):
-                self._fail(self._window_full(attempt))
+                self._fail(attempt.window_full())
             id = link.calls.begin(call)
             section = terms.section(route.server, method)
             frame = wire.request(kind, flags, id, attempt.until - monotonic(), monitor, section, body)
             if link.ended is not None and link.calls.give_up(call):
-                self._again(attempt, PeerLost(f"{_name(route.peer)}: {link.ended}", executed="no"))
+                self._again(attempt, attempt.not_sent())
                 continue
             if not wait:
                 link.post(call, frame)
@@ -395,13 +319,13 @@ class Engine:
                 attempt.seen = call.signs
                 link.wait(call, attempt.seen, min(until, monotonic() + monitor))
             if call.outcome is None and self.cancel(link, call):
-                self._fail(self._timeout(attempt))
+                self._fail(attempt.timed_out())
             while call.outcome is None:  # another thread took it out of the table and is writing the outcome
                 link.wait(call, call.signs, monotonic() + 0.001)
         if call.outcome == REJECTED or call.outcome == LOST:
             if call.outcome == REJECTED and call.body[0] == "hello first":
                 self._lost(attempt.route.peer, link, "it does not know this connection any more")
-            raise self._failure(attempt)
+            raise attempt.failure()
 
     def _find(self, attempt: Attempt) -> Route:
         """A route to try (again), waiting for one if the terms allow.
@@ -423,12 +347,13 @@ class Engine:
                 self._fail(error)
             if tried:
                 # Each has been tried once. Another round after a pause, or when the view changes.
-                seen = self.protocol.routes
-                self.wait_for(lambda: self.protocol.routes is not seen, min(ready, monotonic() + attempt.pause))
+                self._wait_for_change(self.protocol.routes, min(ready, monotonic() + attempt.pause))
                 attempt.pause *= 2
                 tried.clear()
             elif not self.wait_for(lambda: bool(self.protocol.routes.of(terms.service, terms.server)), ready):
-                self._fail(self._no_route(attempt, ready))
+                if self.closed:
+                    raise NodeClosed("this node was closed while a request waited for a server")
+                self._fail(attempt.no_route(self.protocol.routes, self.settings, ready))
 
     def _again(self, attempt: Attempt, error: CallError) -> None:
         """Note that the route failed; returns if the request may go to another, raises ``error`` if not."""
@@ -443,53 +368,6 @@ class Engine:
             self._fail(error)
         with self.lock:
             self.outcomes["retried"] += 1
-
-    def _no_route(self, attempt: Attempt, ready: float) -> Exception:
-        terms = attempt.terms
-        if self.closed:
-            return NodeClosed("this node was closed while a request waited for a server")
-        if attempt.until <= ready:
-            waited = attempt.until - attempt.started
-            return CallTimeout(f"nobody offered {terms} before the deadline ({waited:.3g} s)", executed="no")
-        known = sorted(self.protocol.routes.by_service)
-        servers = sorted({route.server for route in self.protocol.routes.of(terms.service)})
-        if terms.server and servers:
-            there_is = f"its servers are {', '.join(map(repr, servers[:8]))}"
-        else:
-            there_is = f"known services: {', '.join(map(repr, known[:8]))}" if known else "no service is known at all"
-        return NoRoute(
-            f"nobody offers {terms} (waited {terms.ready_timeout:.3g} s); {there_is}. Is it started, with the same "
-            f"registry ({self.settings.registry!r}) and realm ({self.settings.realm!r})?"
-        )
-
-    def _window_full(self, attempt: Attempt) -> Rejected:
-        return Rejected(
-            f"{attempt}: {len(attempt.link.calls.pending)} requests are under way to it, as many as the window allows; "
-            "slow down or raise window_messages and window_bytes",
-            reason="full",
-        )
-
-    def _timeout(self, attempt: Attempt) -> CallTimeout:
-        now, monitor = monotonic(), attempt.terms.monitor
-        if monitor is not None and now < attempt.until:
-            what = f"gave no sign of life for {monitor:.3g} s"
-        else:
-            what = f"did not answer within {now - attempt.started:.3g} s"
-        return CallTimeout(f"{attempt} {what}", executed="unknown" if attempt.call.sent else "no")
-
-    def _failure(self, attempt: Attempt) -> CallError:
-        """The error for a call that ended as REJECTED or LOST."""
-        call = attempt.call
-        if call.outcome == REJECTED:
-            reason, text = call.body
-            return Rejected(
-                f"{attempt} refused it: {reason}" + (f" ({text})" if text else ""),
-                reason=reason,
-                executed="unknown" if reason == "duplicate" else "no",
-            )
-        if call.sent:
-            return PeerLost(f"{attempt} was lost: {call.body}; it is unknown whether it ran")
-        return PeerLost(f"{attempt} was lost: {call.body}; it was not sent", executed="no")
 
     def _fail(self, error: Exception) -> NoReturn:
         with self.lock:
@@ -540,7 +418,7 @@ class Engine:
         link = attempt.link = self._connect(route.peer, until)
         call = attempt.call = Call(None, until, len(body))
         if link.calls.full(len(body)):
-            raise self._window_full(attempt)
+            raise attempt.window_full()
         id = link.calls.begin(call)
         if kind == wire.PING:
             frame: wire.Frame = wire.pack(wire.PING, id=id)
@@ -548,7 +426,7 @@ class Engine:
             section = terms.section(route.server, attempt.method)
             frame = wire.request(kind, flags, id, until - monotonic(), None, section, body)
         if link.ended is not None and link.calls.give_up(call):
-            raise PeerLost(f"{attempt} was lost: {link.ended}; it was not sent", executed="no")
+            raise attempt.not_sent()
         link.post(call, frame)
 
     # Serving --------------------------------------------------------------------------------------
@@ -659,7 +537,7 @@ class Engine:
 
     def _keep_house(self) -> None:
         """Cold work only: ended connections, timers, links on which nobody waits."""
-        while not self.closed:
+        while True:
             with self.lock:
                 links = list(self._links.items())
                 ended, self._ended_links = self._ended_links, []
@@ -762,8 +640,3 @@ class Engine:
     def expired(self, request: Request) -> bool:
         """Whether ``request`` must not be run any more."""
         return self.protocol.inbox.expired(request, monotonic())
-
-
-def _name(peer: Peer) -> str:
-    record = peer.record
-    return f"node {peer.id.hex()[:8]} on host {record.host!r}" if record is not None else f"node {peer.id.hex()[:8]}"

@@ -1,8 +1,9 @@
 """The serving side: one socket that many peers connect to, and the queues its requests go to.
 
-As on a link, whoever holds the socket's lock sends and receives for all, and one thread leads. Who leads depends on
-who is there: a node that runs handlers has a receiving thread; one whose listeners are polled (the oslo driver) is
-received for by whichever listener waits; and where nobody is there, the housekeeping thread looks now and then.
+As on a link, whoever holds the socket's lock sends and receives for all (and after **every** release looks whether
+an answer was queued meanwhile), and one thread leads. Who leads depends on who is there: a node that runs handlers has
+a receiving thread; one whose listeners are polled (the oslo driver) is received for by whichever listener waits; and
+where nobody is there, the housekeeping thread looks now and then.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ class Inbound:
         self._out: deque[tuple[Request, Frame | None, bool]] = deque()
         self._wake = Wake(socket.fd)
         self._closing = False
+        self._closed = False
 
     # Answers --------------------------------------------------------------------------------------
 
@@ -133,7 +135,9 @@ class Inbound:
         """Do something to the inbox under its lock, and send what it wants sent."""
         with self._lock:
             action(self._inbox)
-            self._send_outgoing([])
+            if not self._closed:
+                self._send_outgoing([])
+        self._turn()
 
     def _send(self, moved: list[Request]) -> None:
         """Send what is queued, under ``_lock``."""
@@ -142,7 +146,9 @@ class Inbound:
             request, frame, last = out.popleft()
             if last and not inbox.finish(request):
                 continue  # answered before: an answer is sent once
-            if frame is not None:
+            if self._closed:
+                self.counts["answers after close"] += 1
+            elif frame is not None:
                 self._send_one(request.identity, frame, moved)
 
     def _send_one(self, identity: bytes, frame: Frame, moved: list[Request]) -> None:
@@ -237,6 +243,7 @@ class Inbound:
             if alone:
                 self._pump(moved)
         self._dispatch(moved)
+        self._turn()
 
     def take(self, queue: Queue, until: float) -> Request | None:
         """The next request of ``queue``; None when ``until`` came first, or the queue is stopped and empty."""
@@ -287,9 +294,11 @@ class Inbound:
                     self._lock.release()
                 if moved:
                     self._dispatch(moved, leading=True)
+                if self._out:
+                    continue
                 if queue is not None and (queue.tasks or queue.stopped):
                     return
-                if more or self._out:
+                if more:
                     continue
                 left = until - monotonic()
                 if left <= 0:
@@ -304,4 +313,5 @@ class Inbound:
         self._wake.set()
         with self._lead, self._lock:
             self._send([])
+            self._closed = True
             self.socket.close(linger)

@@ -10,10 +10,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
 
 from onehop.errors import SettingsError
-from onehop.interfaces import Deliver, Record
 from onehop.protocol.wire import Frame
 from onehop.transport.carrier import InboundSocket, LinkSocket, Unreachable
 
@@ -124,7 +122,7 @@ class _MemoryLink(LinkSocket):
 
 
 class _MemoryInbound(InboundSocket):
-    def __init__(self, network: Network, endpoint: str, lock: threading.RLock) -> None:
+    def __init__(self, network: MemoryCarrier, endpoint: str, lock: threading.RLock) -> None:
         self.endpoints = (endpoint,)
         self.connections: dict[bytes, _Connection] = {}
         self.messages: deque[tuple[_Connection, Message]] = deque()
@@ -168,22 +166,13 @@ class _MemoryInbound(InboundSocket):
             self.edge.close()
 
 
-class Network:
-    """A network inside this process: give it to the nodes that should know each other.
-
-    ``Node(network=network)`` makes a node on it. It has a registry of its own, and can be cut.
-    """
+class MemoryCarrier:
+    """Carries the messages of all nodes that share it; it can be cut."""
 
     def __init__(self) -> None:
         self.sockets: dict[str, _MemoryInbound] = {}
         self._lock = threading.RLock()
         self._count = 0
-        self._registries: list[_MemoryRegistry] = []
-        self._telling = threading.RLock()
-
-    def carrier(self) -> Network:
-        """The carrier of one node; the network itself, which has nothing to give back per node."""
-        return self
 
     def endpoint(self, node: bytes) -> str:
         """Where the node of that id listens."""
@@ -218,65 +207,3 @@ class Network:
             for connection in list(inbound.connections.values()):
                 connection.to_client.clear()
                 connection.end("the connection ended")
-
-    def registry(self) -> _MemoryRegistry:
-        """A node's view of the network's records."""
-        return _MemoryRegistry(self)
-
-    def told(self, change: Callable[[], None]) -> None:
-        """Apply ``change`` to the records and tell every watcher."""
-        with self._telling:
-            change()
-            view = sorted(
-                (each.record for each in self._registries if each.record is not None), key=lambda record: record.node
-            )
-            for each in list(self._registries):
-                if each.deliver is not None:
-                    each.deliver(view)
-
-    def join(self, registry: _MemoryRegistry) -> None:
-        if registry not in self._registries:
-            self._registries.append(registry)
-
-    def leave(self, registry: _MemoryRegistry) -> None:
-        if registry in self._registries:
-            self._registries.remove(registry)
-
-
-class _MemoryRegistry:
-    """The registry of a :class:`Network`: always fresh, never away."""
-
-    def __init__(self, network: Network) -> None:
-        self.record: Record | None = None
-        self.deliver: Deliver | None = None
-        self._network = network
-
-    def _set(self, record: Record | None) -> None:
-        self.record = record
-        self._network.join(self)
-
-    def announce(self, record: Record) -> None:
-        self._network.told(lambda: self._set(record))
-
-    def withdraw(self) -> None:
-        if self.record is not None:
-            self._network.told(lambda: self._set(None))
-
-    def watch(self, deliver: Deliver) -> None:
-        def begin() -> None:
-            self._network.join(self)
-            self.deliver = deliver
-
-        self._network.told(begin)
-
-    def refresh(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.deliver = None
-        self.withdraw()
-        self._network.leave(self)
-
-    def forget(self) -> None:
-        self.deliver = None
-        self.record = None

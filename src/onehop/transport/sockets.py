@@ -25,7 +25,7 @@ _HANDSHAKE_FAILURES = int(
 LINK_DESCRIPTORS = 5
 """Of one link: mailbox, connection, both ends of its monitor, and the engine's eventfd."""
 RESERVED_DESCRIPTORS = 64
-"""Left to the program: links stop being opened when fewer are free. libzmq aborts the process, or spins, where none is."""
+"""Left to the program: no link is opened when fewer are free. Where none is, libzmq aborts the process, or spins."""
 
 COMMON_OPTIONS: tuple[tuple[int, int, str], ...] = (
     (zmq.LINGER, 0, "closing never waits by accident; who wants to wait drains first"),
@@ -75,8 +75,8 @@ def check_descriptors(wanted: int) -> None:
         except (ValueError, OSError):
             hard = soft
     raise ResourceLimit(
-        f"this process has {used} of {soft} descriptors open and {wanted} more are needed with {RESERVED_DESCRIPTORS} in "
-        "reserve; raise the limit (ulimit -n, or LimitNOFILE= in its systemd unit)"
+        f"this process has {used} of {soft} descriptors open; {wanted} more are needed, with {RESERVED_DESCRIPTORS} in "
+        "reserve: raise the limit (ulimit -n, or LimitNOFILE= in its systemd unit)"
     )
 
 
@@ -87,10 +87,10 @@ class _Link:
         self._socket = socket = _create(context, zmq.DEALER, LINK_OPTIONS)
         self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _HANDSHAKE_FAILURES)
         # The backend's methods: the public ones add a Python frame to each message.
-        backend = super(zmq.Socket, socket)
+        backend: Any = super(zmq.Socket, socket)
         self._send, self._recv, self._get = backend.send, backend.recv, backend.get
-        self.fd: int = socket.get(zmq.FD)
-        self.monitor_fd: int = self._monitor.get(zmq.FD)
+        self.fd = int(socket.get(zmq.FD))
+        self.monitor_fd = int(self._monitor.get(zmq.FD))
         self._ended: str | None = None
         socket.connect(endpoint)
 
@@ -142,9 +142,9 @@ class _Inbound:
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
         self._socket = socket = _create(context, zmq.ROUTER, INBOUND_OPTIONS)
-        backend = super(zmq.Socket, socket)
+        backend: Any = super(zmq.Socket, socket)
         self._send, self._recv, self._get = backend.send, backend.recv, backend.get
-        self.fd: int = socket.get(zmq.FD)
+        self.fd = int(socket.get(zmq.FD))
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:

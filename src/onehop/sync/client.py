@@ -1,0 +1,342 @@
+"""A client of one service, and what its verbs return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from onehop import handlers, payload
+from onehop.errors import CallCancelled, CallError, Rejected, SettingsError
+from onehop.protocol import wire
+from onehop.protocol.calls import FAILED, LOST
+from onehop.transport.engine import Engine
+from onehop.transport.requests import Attempt, Terms
+
+if TYPE_CHECKING:
+    from onehop.sync.node import Node
+
+
+class Receipt(NamedTuple):
+    """What became of one receiver's copy."""
+
+    server: str
+    node: str
+    host: str
+    outcome: str
+    """``"taken"``, ``"unreachable"`` or ``"refused"``."""
+    reason: str = ""
+    seconds: float = 0.0
+
+
+class Gathered(NamedTuple):
+    """What came of asking every server. Keys are (server name, node id)."""
+
+    replies: dict[tuple[str, str], Any]
+    errors: dict[tuple[str, str], Exception]
+
+    @property
+    def missing(self) -> list[tuple[str, str]]:
+        """Who did not reply, in a stable order."""
+        return sorted(self.errors)
+
+
+class Client:
+    """Calls one service. Immutable but for whose turn it is; made by :meth:`Node.client`.
+
+    Args:
+        server: only the server of that name, never another; any where empty.
+        timeout: seconds for everything; ``settings.timeout`` by default. Inside a handler a call ends no later than
+            the request that the handler serves.
+        ready_timeout: seconds that may pass while nobody offers the service; ``settings.ready_timeout`` by default.
+        monitor: the server is to give a sign of life while it works; without one for so many seconds the call ends.
+        idempotent: whether methods may be sent again after an unknown outcome; by default as the server declared them.
+        returns: the type of the reply, which is restored.
+        errors: exception classes that are made anew when a handler raised one of them.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        service: str,
+        *,
+        server: str = "",
+        timeout: float | None = None,
+        ready_timeout: float | None = None,
+        monitor: float | None = None,
+        idempotent: bool | None = None,
+        returns: Any = None,
+        errors: Sequence[type[Exception]] = (),
+    ) -> None:
+        settings = node.settings
+        for name, value in (("timeout", timeout), ("monitor", monitor)):
+            if value is not None and not value > 0:
+                raise SettingsError(f"{name} is {value!r}; it must be a number of seconds above 0")
+        if ready_timeout is not None and not ready_timeout >= 0:
+            raise SettingsError(f"ready_timeout is {ready_timeout!r}; it must be 0 or more seconds")
+        self.service = service
+        self.server = server
+        self._node = node
+        self._options: dict[str, Any] = {
+            "server": server, "timeout": timeout, "ready_timeout": ready_timeout, "monitor": monitor,
+            "idempotent": idempotent, "returns": returns, "errors": errors,
+        }  # fmt: skip
+        self._returns = returns
+        self._errors = tuple(errors)
+        self._terms = Terms(
+            service,
+            server,
+            settings.timeout if timeout is None else timeout,
+            settings.ready_timeout if ready_timeout is None else ready_timeout,
+            monitor,
+            idempotent,
+        )
+
+    def at(self, server: str) -> Client:
+        """A client of the server of that name only."""
+        return self.options(server=server)
+
+    def options(self, **options: Any) -> Client:
+        """A client with some options changed."""
+        unknown = options.keys() - self._options.keys()
+        if unknown:
+            raise SettingsError(f"no option is called {unknown.pop()!r}; there are: {', '.join(self._options)}")
+        return Client(self._node, self.service, **{**self._options, **options})
+
+    @property
+    def proxy(self) -> Proxy:
+        """Calls by attribute: ``client.proxy.read(zone="utc")``."""
+        return Proxy(self)
+
+    def call(self, method: str, /, *arguments: Any, **keywords: Any) -> Any:
+        """Call ``method`` at one server and return its reply.
+
+        Raises:
+            NoRoute: nobody offers the service. Rejected: who does refused. CallTimeout: the deadline passed.
+            PeerLost: the server went away. RemoteError: the handler raised (one of ``errors`` is raised as itself).
+            PayloadError: the arguments, or the reply, have no form.
+        """
+        node = self._node
+        engine = node._engine or node._core()
+        attempt = engine.request(self._terms, wire.REQUEST, 0, method, payload.encode((arguments, keywords)))
+        return self._value(attempt)
+
+    def _value(self, attempt: Attempt) -> Any:
+        call = attempt.call
+        if call.outcome is FAILED:
+            raise handlers.rebuild(call.body, self._errors, str(attempt))
+        value = payload.decode(call.body)
+        return value if self._returns is None else payload.restore(value, self._returns)
+
+    def cast(self, method: str, /, *arguments: Any, **keywords: Any) -> None:
+        """Have ``method`` run at one server; returns when that server has taken the request in.
+
+        Raises:
+            NoRoute, Rejected, CallTimeout, PeerLost, PayloadError: it was not taken in (or, as ``executed`` says, it is
+                unknown).
+        """
+        self.cast_raw(method, payload.encode((arguments, keywords)))
+
+    def start(self, method: str, /, *arguments: Any, **keywords: Any) -> Call:
+        """Begin a call; its reply is fetched later. It is sent to one server and not tried at another."""
+        body = payload.encode((arguments, keywords))
+        engine = self._node._core()
+        return Call(self, engine, engine.request(self._terms, wire.REQUEST, 0, method, body, wait=False))
+
+    def stream(self, method: str, /, *arguments: Any, **keywords: Any) -> Stream:
+        """Call ``method``, whose handler yields items; returns an iterator over them as they are produced.
+
+        The server is never more than ``settings.stream_credit`` items ahead of the reader. The timeout is for the
+        whole stream.
+        """
+        body = payload.encode((arguments, keywords))
+        engine = self._node._core()
+        return Stream(self, engine, engine.request(self._terms, wire.REQUEST, wire.STREAM, method, body, wait=False))
+
+    def fanout(self, method: str, /, *arguments: Any, **keywords: Any) -> list[Receipt]:
+        """Have ``method`` run at every server known now; returns a receipt for each, and raises for none of them."""
+        return self.fanout_raw(method, payload.encode((arguments, keywords)))
+
+    def gather(self, method: str, /, *arguments: Any, **keywords: Any) -> Gathered:
+        """Call ``method`` at every server known now; replies by server, and an error for each that gave none."""
+        engine = self._node._core()
+        body = payload.encode((arguments, keywords))
+        replies: dict[tuple[str, str], Any] = {}
+        errors: dict[tuple[str, str], Exception] = {}
+        for attempt in engine.scatter(self._terms, wire.REQUEST, 0, method, body):
+            key = (attempt.route.server, attempt.route.peer.id.hex())
+            try:
+                if attempt.error is not None:
+                    raise attempt.error
+                replies[key] = self._value(attempt)
+            except Exception as error:
+                errors[key] = error
+        return Gathered(replies, errors)
+
+    def ping(self) -> list[Receipt]:
+        """A sign of life from the engine of every server known now."""
+        return [_receipt(each) for each in self._node._core().scatter(self._terms, wire.PING, 0, "ping", b"")]
+
+    def call_raw(self, method: str, body: bytes) -> bytes | memoryview:
+        """:meth:`call` with bytes in and bytes out."""
+        node = self._node
+        engine = node._engine or node._core()
+        attempt = engine.request(self._terms, wire.REQUEST, 0, method, body)
+        if attempt.call.outcome is FAILED:
+            raise handlers.rebuild(attempt.call.body, self._errors, str(attempt))
+        reply: bytes | memoryview = attempt.call.body
+        return reply
+
+    def cast_raw(self, method: str, body: bytes) -> None:
+        """:meth:`cast` with bytes."""
+        node = self._node
+        engine = node._engine or node._core()
+        engine.request(self._terms, wire.CAST, 0, method, body)
+
+    def fanout_raw(self, method: str, body: bytes) -> list[Receipt]:
+        """:meth:`fanout` with bytes."""
+        return [
+            _receipt(each) for each in self._node._core().scatter(self._terms, wire.CAST, wire.FANOUT, method, body)
+        ]
+
+    def __repr__(self) -> str:
+        return f"<Client of {self._terms}>"
+
+
+def _receipt(attempt: Attempt) -> Receipt:
+    peer, error = attempt.route.peer, attempt.error
+    host = peer.record.host if peer.record is not None else ""
+    if error is None:
+        return Receipt(attempt.route.server, peer.id.hex(), host, "taken", "", attempt.seconds)
+    outcome = "refused" if isinstance(error, Rejected) else "unreachable"
+    return Receipt(attempt.route.server, peer.id.hex(), host, outcome, str(error), attempt.seconds)
+
+
+class Proxy:
+    """The methods of a service as attributes."""
+
+    __slots__ = ("_client",)
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method.startswith("__"):
+            raise AttributeError(method)
+        call = self._client.call
+        return lambda *arguments, **keywords: call(method, *arguments, **keywords)
+
+
+class Call:
+    """A call that was begun; see :meth:`Client.start`."""
+
+    def __init__(self, client: Client, engine: Engine, attempt: Attempt) -> None:
+        self._client = client
+        self._engine = engine
+        self._attempt = attempt
+        self._cancelled = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the outcome is here."""
+        if self._attempt.call.outcome is None:
+            self._attempt.link.look()
+        return self._attempt.call.outcome is not None
+
+    def result(self) -> Any:
+        """Wait for the reply and return it; raises as :meth:`Client.call`, and CallCancelled after :meth:`cancel`."""
+        if self._cancelled:
+            raise CallCancelled(f"{self._attempt} was cancelled here")
+        try:
+            self._engine.outcome(self._attempt)
+        except CallError as error:
+            if self._cancelled:
+                raise CallCancelled(f"{self._attempt} was cancelled here") from error
+            raise
+        return self._client._value(self._attempt)
+
+    def cancel(self) -> bool:
+        """Give the call up and tell the server; False if it had ended.
+
+        A thread that waits in :meth:`result` ends with CallCancelled.
+        """
+        call = self._attempt.call
+        if not self._engine.cancel(self._attempt.link, call):
+            return False
+        self._cancelled = True
+        call.body = "cancelled here"
+        call.outcome = LOST
+        self._attempt.link.tell([call])
+        return True
+
+
+class Stream(Iterator[Any]):
+    """The items of a streaming call, as they are produced. Closing it early tells the server to stop."""
+
+    def __init__(self, client: Client, engine: Engine, attempt: Attempt) -> None:
+        self._client = client
+        self._engine = engine
+        self._attempt = attempt
+        self._credit = client._node.settings.stream_credit
+        self._read = 0
+        self._ended = False
+        self._grant(self._credit)
+
+    def _grant(self, items: int) -> None:
+        self._attempt.link.post(None, wire.pack(wire.CREDIT, number=items, id=self._attempt.call.id))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        """The next item.
+
+        Raises:
+            StopIteration: the handler ended. Otherwise as :meth:`Client.call`.
+        """
+        call, link = self._attempt.call, self._attempt.link
+        items = call.items
+        assert items is not None
+        while not items and not self._ended:
+            seen = call.signs
+            if items:
+                break
+            if call.outcome is not None or not link.wait(call, seen, self._attempt.until):
+                if items:
+                    break
+                self._ended = True
+                self._engine.outcome(self._attempt)
+                if call.outcome is FAILED:
+                    self._client._value(self._attempt)  # raises it
+        if not items:
+            raise StopIteration
+        body = items.popleft()
+        self._read += 1
+        if self._read * 2 >= self._credit and not self._ended and call.outcome is None:
+            self._grant(self._read)
+            self._read = 0
+        value = payload.decode(body)
+        return value if self._client._returns is None else payload.restore(value, self._client._returns)
+
+    def close(self) -> None:
+        """Stop reading; the server is told, unless it has ended. May be called twice."""
+        if not self._ended:
+            self._ended = True
+            self._engine.cancel(self._attempt.link, self._attempt.call)
+            if self._attempt.call.items is not None:
+                self._attempt.call.items.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_ended", True):
+            try:
+                self.close()
+            except Exception:  # the interpreter may be ending
+                pass

@@ -1,0 +1,313 @@
+"""What a node serves: instances whose handlers run in threads, and instances that are polled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextvars import ContextVar
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from onehop import handlers, payload
+from onehop.errors import BadArguments, EncodeError, NoSuchMethod, SettingsError, TooLarge
+from onehop.protocol import wire
+from onehop.protocol.inbox import Request
+from onehop.transport.engine import Engine, inherited
+from onehop.transport.inbound import Queue
+from onehop.transport.waiting import acquire, new_lock
+
+if TYPE_CHECKING:
+    from onehop.sync.node import Node
+
+log = logging.getLogger("onehop")
+
+_running: ContextVar[Request | None] = ContextVar("onehop_running", default=None)
+
+
+class Serving(NamedTuple):
+    """The request that the running handler serves; see :func:`current`."""
+
+    service: str
+    server: str
+    method: str
+    sender: str
+    """The node id of the caller, in hexadecimal."""
+    request: Request
+
+    def remaining(self) -> float | None:
+        """Seconds until the caller gives up; None for never."""
+        return None if self.request.deadline is None else self.request.deadline - monotonic()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller gave up or is gone."""
+        return self.request.cancelled
+
+
+def current() -> Serving | None:
+    """The request that the calling handler serves; None outside of one."""
+    request = _running.get()
+    if request is None:
+        return None
+    return Serving(request.service, request.server, request.method, request.node.hex(), request)
+
+
+class Server:
+    """One instance of a service, run in threads. Made by :meth:`Node.serve`."""
+
+    def __init__(self, node: Node, service: str, name: str, handler: Any, workers: int | None) -> None:
+        self.service = service
+        self.name = name
+        self._node = node
+        self._methods = handlers.methods_of(handler)
+        self._engine: Engine | None = node._core()
+        if workers is not None and workers < 1:
+            raise SettingsError(f"workers is {workers!r}; it must be 1 or more")
+        inline = frozenset(name for name, method in self._methods.items() if method.inline)
+        idempotent = tuple(name for name, method in self._methods.items() if method.idempotent)
+        self._queue = Queue(self._run, workers or node.settings.workers, inline)
+        self._engine.offer(service, name, self._queue, idempotent, receiver=True)
+        node._servers.append(self)
+
+    def _run(self, request: Request) -> None:
+        """Run one request, in a worker (or inline)."""
+        engine = self._engine
+        if engine is None or engine.inbound is None:
+            return
+        inbound = engine.inbound
+        if engine.expired(request):
+            inbound.answer(request, _refusal(request, "expired"))
+            return
+        inherited_token = inherited.set(request.deadline)
+        running_token = _running.set(request)
+        try:
+            method = self._methods.get(request.method)
+            if method is None:
+                raise NoSuchMethod(f"it has {', '.join(sorted(self._methods))}")
+            arguments, keywords = _arguments(request.body)
+            result = method.invoke(arguments, keywords)
+            if request.flags & wire.STREAM:
+                self._write(engine, request, result)
+                frame = wire.answer(wire.REPLY, wire.STREAM, request.id, b"\xc0")
+            else:
+                if hasattr(result, "__next__"):
+                    result = list(result)
+                frame = wire.answer(wire.REPLY, 0, request.id, _fitting(engine, result), len(self._queue))
+        except Exception as error:
+            frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(self._queue))
+            if request.kind == wire.CAST:
+                # Nobody waits for it, so nobody else would ever know.
+                log.exception("the handler of cast %s.%s raised", self.service, request.method)
+                inbound.counts["casts whose handler raised"] += 1
+        finally:
+            _running.reset(running_token)
+            inherited.reset(inherited_token)
+        inbound.answer(request, frame if request.kind == wire.REQUEST else None)
+
+    def _write(self, engine: Engine, request: Request, result: Any) -> None:
+        """Send the items of a stream, never more of them than its reader asked for."""
+        assert engine.inbound is not None
+        if isinstance(result, (str, bytes, Mapping)) or not hasattr(result, "__iter__"):
+            raise EncodeError(f"{request.method!r} returned {type(result).__name__}, which is not a stream; call it")
+        lock = new_lock()
+        lock.acquire()
+        request.waiter = lock
+        items = iter(result)
+        try:
+            for sent, item in enumerate(items):
+                body = _fitting(engine, item)
+                while request.granted <= sent:
+                    if engine.expired(request) or engine.closed:
+                        return
+                    acquire(lock, 1.0)
+                if engine.expired(request):
+                    return
+                frame = wire.answer(wire.ITEM, 0, request.id, body, number=sent & 0xFFFF_FFFF)
+                engine.inbound.answer(request, frame, last=False)
+        finally:
+            close = getattr(items, "close", None)
+            if close is not None:
+                close()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Withdraw this instance and finish what it has taken; whether that was done within ``timeout`` seconds."""
+        engine = self._engine
+        return engine is None or engine.drain(timeout or self._node.settings.drain_timeout, self._queue)
+
+    def close(self) -> None:
+        """Withdraw this instance; what it has taken is still finished in the background. May be called twice."""
+        if self._engine is not None and not self._engine.closed:
+            self._engine.withdraw(self._queue)
+
+    def _after_fork(self) -> None:
+        self._engine = None
+        self._queue = Queue()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _refusal(request: Request, reason: str) -> wire.Frame | None:
+    return wire.reject(request.id, reason) if request.kind == wire.REQUEST else None
+
+
+def _arguments(body: bytes | memoryview) -> tuple[list[Any], dict[str, Any]]:
+    value = payload.decode(body)
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and isinstance(value[1], dict):
+        return value[0], value[1]
+    raise BadArguments("the body is not a pair of arguments and keywords")
+
+
+def _fitting(engine: Engine, value: Any) -> bytes:
+    body = payload.encode(value)
+    if len(body) > engine.settings.max_message:
+        raise TooLarge(f"the result has {len(body)} bytes; max_message allows {engine.settings.max_message}")
+    return body
+
+
+class Incoming:
+    """One request taken in by a :class:`Listener`, to be answered or done with."""
+
+    __slots__ = ("_engine", "_request")
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine = engine
+        self._request = request
+
+    @property
+    def kind(self) -> str:
+        """``"call"``, ``"stream"``, ``"cast"`` or ``"fanout"``."""
+        if self._request.kind == wire.REQUEST:
+            return "stream" if self._request.flags & wire.STREAM else "call"
+        return "fanout" if self._request.flags & wire.FANOUT else "cast"
+
+    @property
+    def service(self) -> str:
+        return self._request.service
+
+    @property
+    def server(self) -> str:
+        return self._request.server
+
+    @property
+    def method(self) -> str:
+        return self._request.method
+
+    @property
+    def body(self) -> bytes | memoryview:
+        return self._request.body
+
+    @property
+    def sender(self) -> str:
+        """The caller's node id, in hexadecimal."""
+        return self._request.node.hex()
+
+    @property
+    def monitor(self) -> float | None:
+        """Seconds within which the caller wants signs of life (the engine gives them); None for none."""
+        return self._request.monitor
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller gave up or is gone."""
+        return self._request.cancelled
+
+    @property
+    def answered(self) -> bool:
+        """Whether it was answered or done with."""
+        return self._request.answered
+
+    def remaining(self) -> float | None:
+        """Seconds until the caller gives up; None for never."""
+        return None if self._request.deadline is None else self._request.deadline - monotonic()
+
+    def reply_raw(self, body: bytes) -> None:
+        """Send ``body`` as the reply; for a cast, only give its room back. The second answer does nothing.
+
+        Raises:
+            TooLarge: beyond ``max_message``; nothing was sent, another answer may be given.
+        """
+        request, limit = self._request, self._engine.settings.max_message
+        if len(body) > limit:
+            raise TooLarge(f"the reply has {len(body)} bytes; max_message allows {limit}")
+        self._answer(wire.answer(wire.REPLY, 0, request.id, body, len(request.target)))
+
+    def done(self) -> None:
+        """It was dealt with: its room is free. Needed for casts."""
+        self._answer(None)
+
+    def _answer(self, frame: wire.Frame | None) -> None:
+        request, inbound = self._request, self._engine.inbound
+        if request.answered or inbound is None:
+            return
+        request.answered = True
+        inbound.answer(request, frame if request.kind == wire.REQUEST else None)
+
+    def requeue(self) -> None:
+        """Put it back at the end of its listener's queue."""
+        if not self._request.answered:
+            self._request.target.put(self._request)
+
+    def __repr__(self) -> str:
+        return f"<Incoming {self.kind} {self.method!r} of {self.service!r}>"
+
+
+class Listener:
+    """One instance of one or more services whose requests are polled. Made by :meth:`Node.listen`."""
+
+    def __init__(self, node: Node, services: tuple[str, ...], name: str) -> None:
+        self.services = services
+        self.name = name
+        self._engine: Engine | None = node._core()
+        self._queue = Queue()
+        for service in services:
+            self._engine.offer(service, name, self._queue, (), receiver=False)
+        node._servers.append(self)
+
+    def poll(self, limit: int = 1, timeout: float | None = None) -> list[Incoming]:
+        """Wait for a request and return it with others that are there, up to ``limit``.
+
+        Requests whose caller gave up are passed over. After :meth:`stop` it never waits: it returns what is left,
+        then nothing.
+
+        Args:
+            timeout: seconds to wait; None for as long as it takes.
+        """
+        engine = self._engine
+        if engine is None or engine.inbound is None:
+            return []
+        until = float("inf") if timeout is None else monotonic() + timeout
+        found: list[Incoming] = []
+        while len(found) < limit:
+            # Only the first is waited for.
+            request = engine.inbound.take(self._queue, until if not found else 0.0)
+            if request is None:
+                break
+            if engine.expired(request):
+                engine.inbound.answer(request, _refusal(request, "expired"))
+            else:
+                found.append(Incoming(engine, request))
+        return found
+
+    def stop(self) -> None:
+        """Withdraw: nothing more comes, and :meth:`poll` waits no more. May be called twice."""
+        if self._engine is not None:
+            self._engine.withdraw(self._queue)
+
+    def close(self) -> None:
+        """:meth:`stop`, and refuse what was not polled. May be called twice."""
+        self.stop()
+        engine = self._engine
+        while engine is not None and engine.inbound is not None and self._queue.tasks:
+            request = self._queue.tasks.popleft()
+            engine.inbound.answer(request, _refusal(request, "draining"))
+
+    def _after_fork(self) -> None:
+        self._engine = None
+        self._queue = Queue()

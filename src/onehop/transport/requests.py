@@ -1,0 +1,145 @@
+"""A request on its way: the terms it was made under, the attempt under way, and the sentences for how it can end."""
+
+from __future__ import annotations
+
+from itertools import count
+from time import monotonic
+
+from onehop.errors import CallError, CallTimeout, NoRoute, PeerLost, Rejected
+from onehop.protocol import wire
+from onehop.protocol.calls import REJECTED, Call
+from onehop.protocol.peers import Peer
+from onehop.protocol.routes import Route, Routes
+from onehop.settings import Settings
+from onehop.transport.link import Link
+
+
+class Terms:
+    """What a client asks for with each of its requests, and whose turn it is.
+
+    Args:
+        service, server: whom; any server of the service where ``server`` is empty.
+        timeout: seconds for everything.
+        ready_timeout: seconds of these that may pass while nobody offers the service.
+        monitor: seconds without a sign of life after which a call is given up; None for no such limit.
+        idempotent: whether a request may be sent again after an unknown outcome; None asks the server's record.
+    """
+
+    __slots__ = ("idempotent", "monitor", "ready_timeout", "sections", "server", "service", "timeout", "turns")
+
+    def __init__(
+        self,
+        service: str,
+        server: str,
+        timeout: float,
+        ready_timeout: float,
+        monitor: float | None,
+        idempotent: bool | None,
+    ) -> None:
+        self.service = service
+        self.server = server
+        self.timeout = timeout
+        self.ready_timeout = ready_timeout
+        self.monitor = monitor
+        self.idempotent = idempotent
+        self.turns = count()
+        self.sections: dict[tuple[str, str], bytes] = {}
+
+    def section(self, server: str, method: str) -> bytes:
+        """The address of ``method`` at ``server``, made once."""
+        key = (server, method)
+        section = self.sections.get(key)
+        if section is None:
+            if len(self.sections) > 4096:
+                self.sections.clear()
+            section = self.sections[key] = wire.names(self.service, server, method)
+        return section
+
+    def __str__(self) -> str:
+        return f"service {self.service!r}" + (f" at server {self.server!r}" if self.server else "")
+
+
+class Attempt:
+    """One request on its way to an outcome, from one server to the next.
+
+    Attributes:
+        route, link, call: of the server being tried now.
+        tried: routes that failed in this round; ``error``: the last failure; ``pause``: seconds before another round.
+        seconds: how long it took, where that is asked for.
+        seen: signs of life at the last look; -1 before the first.
+    """
+
+    __slots__ = (
+        "call", "error", "link", "method", "pause", "route", "seconds", "seen", "started", "terms", "tried", "until",
+    )  # fmt: skip
+
+    link: Link
+    call: Call
+    route: Route
+
+    def __init__(self, terms: Terms, method: str, until: float) -> None:
+        self.terms = terms
+        self.method = method
+        self.started = monotonic()
+        self.until = until
+        self.tried: list[Route] = []
+        self.error: CallError | None = None
+        self.pause = 0.05
+        self.seconds = 0.0
+        self.seen = -1
+
+    def __str__(self) -> str:
+        return f"{self.method!r} of {self.terms}: {name_of(self.route.peer)}"
+
+    def window_full(self) -> Rejected:
+        """There is no room for one more request to this peer."""
+        return Rejected(
+            f"{self}: {len(self.link.calls.pending)} requests are under way to it, as many as the window allows; "
+            "slow down, or raise window_messages and window_bytes",
+            reason="full",
+        )
+
+    def not_sent(self) -> PeerLost:
+        """The link ended before the request was handed to it."""
+        return PeerLost(f"{self} was lost: {self.link.ended}; it was not sent", executed="no")
+
+    def timed_out(self) -> CallTimeout:
+        """The deadline came, or the monitor's patience ended."""
+        now, monitor = monotonic(), self.terms.monitor
+        if monitor is not None and now < self.until:
+            what = f"gave no sign of life for {monitor:.3g} s"
+        else:
+            what = f"did not answer within {now - self.started:.3g} s"
+        return CallTimeout(f"{self} {what}", executed="unknown" if self.call.sent else "no")
+
+    def failure(self) -> CallError:
+        """The error for a call that ended as REJECTED or LOST."""
+        call = self.call
+        if call.outcome == REJECTED:
+            reason, text = call.body
+            executed = "unknown" if reason == "duplicate" else "no"
+            told = f"{reason} ({text})" if text else reason
+            return Rejected(f"{self} refused it: {told}", reason=reason, executed=executed)  # type: ignore[arg-type]
+        if not call.sent:
+            return PeerLost(f"{self} was lost: {call.body}; it was not sent", executed="no")
+        return PeerLost(f"{self} was lost: {call.body}; it is unknown whether it ran")
+
+    def no_route(self, routes: Routes, settings: Settings, ready: float) -> CallError:
+        """Nobody offered the service until ``ready``, or the deadline came first."""
+        terms = self.terms
+        if self.until <= ready:
+            waited = self.until - self.started
+            return CallTimeout(f"nobody offered {terms} before the deadline ({waited:.3g} s)", executed="no")
+        servers = sorted({route.server for route in routes.of(terms.service)})
+        known = ", ".join(map(repr, (servers if terms.server and servers else sorted(routes.by_service))[:8]))
+        there_is = f"known {'servers' if terms.server and servers else 'services'}: {known or 'none at all'}"
+        return NoRoute(
+            f"nobody offers {terms} (waited {terms.ready_timeout:.3g} s); {there_is}. Is it started, with the same "
+            f"registry ({settings.registry!r}) and realm ({settings.realm!r})?"
+        )
+
+
+def name_of(peer: Peer) -> str:
+    """A peer, for people."""
+    where = "" if peer.record is None else f" on host {peer.record.host!r}"
+    return f"node {peer.id.hex()[:8]}{where}"
