@@ -47,6 +47,9 @@ class Settings:
     node_record: bool = _setting(True, "announce this node in the registry when it serves")
 
     def __post_init__(self) -> None:
+        for name in ("realm", "host"):
+            if len(getattr(self, name).encode("utf-8", "replace")) > 255:
+                raise SettingsError(f"{name} is longer than 255 bytes: {getattr(self, name)[:40]!r}...")
         for name in ("timeout", "drain_timeout"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}; it must be a number of seconds above 0")

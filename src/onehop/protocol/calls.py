@@ -29,21 +29,28 @@ class Call:
     """One request under way.
 
     Attributes:
+        kind: of its frame: REQUEST, CAST or PING, or HELLO for the one that stands for the answer to a hello.
         id: its number on the link; 0 until registered.
         deadline: when the caller gives up, on the caller's clock; None for never.
         size: bytes of its frame, for the window.
         outcome: None while it runs, then one of REPLIED, FAILED, TAKEN, REJECTED, LOST. Set last.
         body: what came with the outcome: the reply's body, or (reason, text) of a rejection, or why it was lost.
-        items: of a stream, what has come and was not read.
+        items: of a stream, what has come and was not read; None for other calls.
+        granted, arrived: of a stream, how many items were asked for and how many have come.
         signs: progress frames and items heard so far; a change restarts the monitor's clock.
         sent: whether the frame may have left this process.
         waiter: the engine's; who is to be woken.
     """
 
-    __slots__ = ("body", "deadline", "id", "items", "outcome", "sent", "signs", "size", "waiter")
+    __slots__ = (
+        "arrived", "body", "deadline", "granted", "id", "items", "kind", "outcome", "sent", "signs", "size", "waiter",
+    )  # fmt: skip
 
-    def __init__(self, waiter: Any = None, deadline: float | None = None, size: int = 0) -> None:
+    def __init__(self, kind: int, deadline: float | None = None, size: int = 0) -> None:
+        self.kind = kind
         self.id = 0
+        self.granted = 0
+        self.arrived = 0
         self.deadline = deadline
         self.size = size
         self.outcome: str | None = None
@@ -51,7 +58,7 @@ class Call:
         self.items: deque[bytes | memoryview] | None = None
         self.signs = 0
         self.sent = False
-        self.waiter = waiter
+        self.waiter: Any = None
 
 
 class CallTable:
@@ -103,11 +110,15 @@ class CallTable:
         Raises:
             WireError: the frame breaks the wire format. Nothing has changed.
         """
-        (kind, flags, extent, _number, id) = wire.HEADER.unpack_from(frame)
+        kind, flags, extent, _number, id = wire.HEADER.unpack_from(frame)
+        if (body is not None) != bool(flags & wire.BODY_FOLLOWS):
+            raise WireError("a body that is announced and missing, or there and not announced")
         if kind == wire.REPLY:
-            call = self.pending.pop(id, None)
+            call = self.pending.get(id)
             self.load = extent
-            if call is None:
+            if call is not None and call.kind != wire.REQUEST:
+                raise WireError(f"a reply to {id}, which is no request")
+            if call is None or self.pending.pop(id, None) is None:
                 # Legal (wire 3.5): the call timed out here while the reply was on its way.
                 self.late += 1
                 return
@@ -118,28 +129,31 @@ class CallTable:
             ids = wire.acked(frame)
             self.load = extent
             for id in ids:
-                self._end(id, TAKEN, None, moved)
+                self._end(id, wire.CAST, TAKEN, None, moved)
         elif kind == wire.REJECT:
-            self._end(id, REJECTED, wire.rejection(frame), moved)
+            self._end(id, None, REJECTED, wire.rejection(frame), moved)
         elif kind == wire.PONG:
-            self._end(id, REPLIED, frame[wire.HEADER_SIZE :], moved)
+            self._end(id, wire.PING, REPLIED, frame[wire.HEADER_SIZE :], moved)
         elif kind in (wire.ITEM, wire.PROGRESS):
             call = self.pending.get(id)
             if call is None:
                 self.late += 1
                 return
             if kind == wire.ITEM:
-                if call.items is None:
-                    raise WireError(f"an item for call {id}, which is no stream")
+                if call.items is None or call.arrived >= call.granted:
+                    raise WireError(f"an item for call {id}, which asked for no more items")
+                call.arrived += 1
                 call.items.append(frame[wire.HEADER_SIZE :] if body is None else body)
             call.signs += 1
             moved.append(call)
         else:
             raise WireError(f"kind {kind} does not go from a server to a caller")
 
-    def _end(self, id: int, outcome: str, body: Any, moved: list[Call]) -> None:
-        call = self.pending.pop(id, None)
-        if call is None:
+    def _end(self, id: int, kind: int | None, outcome: str, body: Any, moved: list[Call]) -> None:
+        call = self.pending.get(id)
+        if call is not None and kind is not None and call.kind != kind:
+            raise WireError(f"an answer to {id} of another kind than what was sent")
+        if call is None or self.pending.pop(id, None) is None:
             self.late += 1
             return
         call.body = body

@@ -22,6 +22,14 @@ SILENT_AFTER = 60.0
 WINDOW_KEPT = 600.0
 """Seconds for which a window outlives the last connection of its sender."""
 ADDRESSES_KEPT = 4096
+WINDOWS_KEPT = 65_536
+"""At most; beyond them the oldest go."""
+
+
+NEW = "new"
+AGAIN = "again"
+UNKNOWN = "unknown"
+"""What a window says of a number: never seen; seen before; so old that it cannot tell."""
 
 
 class Window:
@@ -31,33 +39,36 @@ class Window:
     and the ones missing below it: nothing at all for a sender in order.
 
     Args:
-        reach: how far below the highest a number may still be new; older ones count as come.
+        reach: how far below the highest a number may still be new.
+        first: the lowest number to come.
     """
 
     __slots__ = ("_highest", "_missing", "_reach", "seen")
 
-    def __init__(self, reach: int) -> None:
-        self._highest = 0
+    def __init__(self, reach: int, first: int = 1) -> None:
+        self._highest = first - 1
         self._missing: set[int] = set()
         self._reach = reach
         self.seen = 0.0
 
-    def is_new(self, number: int) -> bool:
-        """Take ``number`` in; False when it came before, or is older than the window reaches."""
+    def take(self, number: int) -> str:
+        """Take ``number`` in; NEW at most once for each."""
         if number == self._highest + 1:
             self._highest = number
-            return True
+            return NEW
+        floor = max(number, self._highest) - self._reach
         if number > self._highest:
-            self._missing.update(range(max(self._highest + 1, number - self._reach), number))
+            self._missing.update(range(max(self._highest + 1, floor), number))
             self._highest = number
             if len(self._missing) > 2 * self._reach:
-                floor = number - self._reach
                 self._missing = {each for each in self._missing if each >= floor}
-            return True
-        if number in self._missing and number >= self._highest - self._reach:
+            return NEW
+        if number < floor:
+            return UNKNOWN
+        if number in self._missing:
             self._missing.discard(number)
-            return True
-        return False
+            return NEW
+        return AGAIN
 
 
 class Sender:
@@ -232,9 +243,14 @@ class Inbox:
             self._refuse(identity, 0, "wrong node", f"this is node {self.node.hex()} of realm {self.answer.realm!r}")
             return
         else:
+            known = self.senders.get(identity)
+            if known is not None and known.node != hello.node:
+                raise WireError("a second hello on one connection, of another node")
             window = self._windows.get(hello.node)
             if window is None:
-                window = self._windows[hello.node] = Window(self.reach)
+                if len(self._windows) >= WINDOWS_KEPT:
+                    del self._windows[next(iter(self._windows))]
+                window = self._windows[hello.node] = Window(self.reach, hello.first)
             self.senders[identity] = Sender(hello.node, hello.host, window, now)
         self.outgoing.append((identity, wire.hello(self.answer, is_answer=True)))
 
@@ -263,6 +279,11 @@ class Inbox:
             self.counts["bad frames"] += 1
             self._refuse(identity, head.id, "malformed", str(error))
             return
+        if (body is not None) != bool(head.flags & wire.BODY_FOLLOWS):
+            self.counts["bad frames"] += 1
+            self._refuse(identity, head.id, "malformed", "a body announced and missing, or there and not announced")
+            return
+        size = len(frame) + (0 if body is None else len(body))
         service, server, _method = names
         targets = self._offers.get((service, server)) if server else self._services.get(service)
         if head.number == 0:
@@ -272,10 +293,10 @@ class Inbox:
         elif not targets:
             known = service in self._services
             self._refuse(identity, head.id, "no server" if known else "no service", server or service)
-        elif len(self.taken) >= self.messages or self.taken_bytes + len(frame) > self.size:
+        elif len(self.taken) >= self.messages or self.taken_bytes + size > self.size:
             self._refuse(identity, head.id, "full", f"{len(self.taken)} requests are taken in and not answered")
-        elif not sender.window.is_new(head.id):
-            self._duplicate(identity, head)
+        elif (news := sender.window.take(head.id)) is not NEW:
+            self._duplicate(identity, head, news)
         else:
             if body is None:
                 body = frame[start:]
@@ -283,7 +304,6 @@ class Inbox:
             if len(targets) > 1 and not head.flags & wire.FANOUT:
                 targets.append(targets.pop(0))  # in turn
                 targets = targets[-1:]
-            size = len(frame) + len(body)
             for target in targets:
                 request = Request(identity, head, sender.node, names, body, deadline, monitor, size, target)
                 self.taken[request] = None
@@ -296,9 +316,9 @@ class Inbox:
                 if monitor is not None:
                     self._beats[request] = now + monitor / 2
 
-    def _duplicate(self, identity: bytes, head: wire.Header) -> None:
+    def _duplicate(self, identity: bytes, head: wire.Header, news: str) -> None:
         self.counts["duplicates"] += 1
-        if head.kind == wire.CAST:
+        if head.kind == wire.CAST and news is AGAIN:
             self.outgoing.append((identity, wire.ack([head.id])))  # it was taken; say so again
         elif (identity, head.id) not in self._calls:
             self._refuse(identity, head.id, "duplicate")
@@ -310,7 +330,7 @@ class Inbox:
             return  # legal (wire 3.8, 3.10): the reply and this frame met under way
         if head.kind == wire.CREDIT:
             request.granted += head.number
-        else:
+        elif not request.cancelled:
             request.cancelled = True
             self.counts["cancelled"] += 1
         moved.append(request)
@@ -344,8 +364,9 @@ class Inbox:
         sender.window.seen = sender.heard
         orphans = [request for request in self.taken if request.identity == identity and request.kind == wire.REQUEST]
         for request in orphans:
+            self.counts["cancelled"] += not request.cancelled
             request.cancelled = True
-        self.counts["cancelled"] += len(orphans)
+            self._beats.pop(request, None)
         return orphans
 
     def drain(self, text: str = "") -> None:

@@ -66,7 +66,8 @@ class NodeProtocol:
         if not self.peers.event(peer, states.CONNECT, now):
             return None
         peer.calls.messages, peer.calls.large_bytes = self._window
-        return wire.hello(wire.Hello(self.id, peer.id, host=self.host, realm=self.realm, release=self.release))
+        first, host, realm, release = peer.calls.last + 1, self.host, self.realm, self.release
+        return wire.hello(wire.Hello(self.id, peer.id, first=first, host=host, realm=realm, release=release))
 
     def control(self, peer: Peer, frame: bytes, now: float) -> bool:
         """Take in a frame from ``peer`` that is for no call; True when it makes the peer ready.

@@ -71,12 +71,13 @@ class Peer:
 
     __slots__ = ("calls", "failures", "id", "link", "numbers", "record", "rested_at", "state")
 
-    def __init__(self, id: bytes, record: RecordLike | None) -> None:
+    def __init__(self, id: bytes, record: RecordLike | None, first: int = 1) -> None:
         self.id = id
         self.record = record
         self.state = KNOWN
-        self.numbers = count(1)
+        self.numbers = count(first)
         self.calls = CallTable(self.numbers)
+        self.calls.last = first - 1
         self.link: Any = None
         self.failures = 0
         self.rested_at = 0.0
@@ -94,6 +95,7 @@ class PeerTable:
         self.node = node
         self.peers: dict[bytes, Peer] = {}
         self._random = random
+        self._highest = 0
 
     def learn(self, records: Iterable[RecordLike]) -> list[Peer]:
         """Take in the whole view of a registry; returns the peers that became unknown to it.
@@ -111,7 +113,7 @@ class PeerTable:
         for id, record in present.items():
             peer = self.peers.get(id)
             if peer is None:
-                self.peers[id] = Peer(id, record)
+                self.peers[id] = Peer(id, record, self._highest + 1)
             else:
                 peer.record = record
         absent = [peer for id, peer in self.peers.items() if id not in present and peer.record is not None]
@@ -137,8 +139,10 @@ class PeerTable:
         if event in (LOST, FORGOTTEN):
             old = peer.calls
             peer.calls = CallTable(peer.numbers, messages=old.messages, large_bytes=old.large_bytes)
-            peer.calls.last = old.last
+            peer.calls.last, peer.calls.late = old.last, old.late
         if peer.state == GONE:
+            # Its window knows our numbers for a while: should it return under this id, they must go on above them.
+            self._highest = max(self._highest, peer.calls.last)
             self.peers.pop(peer.id, None)
         return True
 

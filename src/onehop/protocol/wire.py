@@ -9,6 +9,7 @@ A message is one ZeroMQ frame: a header of 16 bytes, what the kind adds, and the
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ HEADER = struct.Struct("<BBHIQ")
 """kind, flags, extent, number, id (wire 2)."""
 HEADER_SIZE = HEADER.size
 _MONITOR = struct.Struct("<I")
-_HELLO = struct.Struct("<BBHI16s16s")
+_HELLO = struct.Struct("<BBHIQ16s16s")
 
 # Kinds (wire 3). Those a link hands to a waiting call come last, so that one comparison tells them apart.
 HELLO = 1
@@ -83,13 +84,17 @@ Frame = bytes | tuple[bytes, bytes | memoryview]
 
 
 class Hello(NamedTuple):
-    """The first message on a connection, and the answer to it (wire 3.1)."""
+    """The first message on a connection, and the answer to it (wire 3.1).
+
+    ``first`` is the lowest number that a request on this connection may have.
+    """
 
     node: bytes
     expected: bytes
     version: int = VERSION
     oldest: int = OLDEST
     features: int = 0
+    first: int = 1
     host: str = ""
     realm: str = ""
     release: str = ""
@@ -143,7 +148,9 @@ def milliseconds(seconds: float | None) -> int:
     """A duration as it travels (wire 2.3): rounded up, cut to 49 days; None is "no deadline"."""
     if seconds is None:
         return NO_DEADLINE
-    return min(max(0, int(seconds * 1000 + 0.999)), LONGEST) if seconds < 4e6 else LONGEST
+    if not seconds > 0:
+        return 0
+    return LONGEST if seconds >= LONGEST / 1000 else math.ceil(seconds * 1000)
 
 
 def names(service: str, server: str, method: str) -> bytes:
@@ -267,11 +274,19 @@ def goodbye(text: str = "") -> bytes:
 
 
 def hello(content: Hello, *, is_answer: bool = False) -> bytes:
-    """A HELLO (wire 3.1), or the answer to one."""
+    """A HELLO (wire 3.1), or the answer to one.
+
+    Raises:
+        WireError: a field is longer than 65,535 bytes.
+    """
     head = HEADER.pack(HELLO, ANSWER if is_answer else 0, 0, 0, 0)
-    fixed = _HELLO.pack(content.version, content.oldest, 0, content.features, content.node, content.expected)
-    texts = [text.encode("utf-8", "replace")[:1024] for text in (content.host, content.realm, content.release)]
-    return head + fixed + b"".join(struct.pack("<H", len(raw)) + raw for raw in (*texts, content.key, content.grant))
+    version, oldest, features, first = content.version, content.oldest, content.features, content.first
+    fixed = _HELLO.pack(version, oldest, 0, features, first, content.node, content.expected)
+    texts = [text.encode("utf-8", "replace") for text in (content.host, content.realm, content.release)]
+    fields = (*texts, content.key, content.grant)
+    if max(map(len, fields)) > 0xFFFF:
+        raise WireError("a field of a hello is longer than 65,535 bytes")
+    return head + fixed + b"".join(struct.pack("<H", len(raw)) + raw for raw in fields)
 
 
 def parse_hello(frame: bytes) -> Hello:
@@ -281,7 +296,7 @@ def parse_hello(frame: bytes) -> Hello:
         WireError: the frame ends within its fields.
     """
     try:
-        version, oldest, _, features, node, expected = _HELLO.unpack_from(frame, HEADER_SIZE)
+        version, oldest, _, features, first, node, expected = _HELLO.unpack_from(frame, HEADER_SIZE)
         at = HEADER_SIZE + _HELLO.size
         found = []
         for _ in range(5):
@@ -293,4 +308,4 @@ def parse_hello(frame: bytes) -> Hello:
     except struct.error:
         raise WireError(f"a hello of {len(frame)} bytes that ends within its fields") from None
     host, realm, release = (raw.decode("utf-8", "replace") for raw in found[:3])
-    return Hello(node, expected, version, oldest, features, host, realm, release, found[3], found[4])
+    return Hello(node, expected, version, oldest, features, first, host, realm, release, found[3], found[4])

@@ -283,6 +283,7 @@ class Stream(Iterator[Any]):
         self._grant(self._credit)
 
     def _grant(self, items: int) -> None:
+        self._attempt.call.granted += items
         self._attempt.link.post(None, wire.pack(wire.CREDIT, number=items, id=self._attempt.call.id))
 
     def __iter__(self) -> Self:

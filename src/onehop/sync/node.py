@@ -99,8 +99,8 @@ class Node:
 
     def _make(self) -> Engine:
         if self._network is not None:
-            network, registry = self._network, self._network.records.registry()
-            return Engine(self.settings, network.carrier, registry, network.carrier.endpoint, RELEASE)
+            carrier, records = self._network.carrier, self._network.records
+            return Engine(self.settings, carrier, records.registry(), carrier.endpoint, RELEASE)
         registry = open_registry(self.settings.registry, self.settings)
         local = registry if isinstance(registry, LocalRegistry) else LocalRegistry(self.settings)
 

@@ -257,7 +257,7 @@ class Engine:
                 except (PeerLost, CallTimeout) as failure:
                     self._again(attempt, failure)
                     continue
-            call = attempt.call = Call(None, attempt.until, len(body))
+            call = attempt.call = Call(kind, attempt.until, len(body))
             attempt.link = link
             if flags & wire.STREAM:
                 call.items = deque()
@@ -416,7 +416,7 @@ class Engine:
         """Connect and send, without waiting for an outcome."""
         terms, route, until = attempt.terms, attempt.route, attempt.until
         link = attempt.link = self._connect(route.peer, until)
-        call = attempt.call = Call(None, until, len(body))
+        call = attempt.call = Call(kind, until, len(body))
         if link.calls.full(len(body)):
             raise attempt.window_full()
         id = link.calls.begin(call)

@@ -62,7 +62,7 @@ class Link:
         self.error: Exception | None = None
         self.bad_frames = 0
         self.opening = new_lock()
-        self.hello = Call()
+        self.hello = Call(wire.HELLO)
         calls.pending[0] = self.hello
         self._control = control
         self._lock = new_lock()

@@ -108,7 +108,7 @@ class _Link:
     def receive(self) -> tuple[bytes, bytes | memoryview | None] | None:
         try:
             frame = self._recv(_NOWAIT)
-            if wire.has_second_frame(frame):
+            if wire.has_second_frame(frame) and self._get(_RCVMORE):
                 return frame, self._recv(_NOWAIT, False).buffer
         except zmq.Again:
             return None
@@ -217,8 +217,9 @@ class ZmqCarrier:
 
     def close(self) -> None:
         if self._context is not None:
-            # Every socket is closed by its owner; term() waits only for what the inbound one still lets leave.
-            self._context.term()
+            # Its owner has closed every socket (a link that failed while it was made excepted); what the inbound one
+            # still lets leave is waited for.
+            self._context.destroy(linger=0)
             self._context = None
 
 
