@@ -39,11 +39,13 @@ class Call:
         granted, arrived: of a stream, how many items were asked for and how many have come.
         signs: progress frames and items heard so far; a change restarts the monitor's clock.
         sent: whether the frame may have left this process.
+        given_up: whoever sends passes over it.
         waiter: the engine's; who is to be woken.
     """
 
     __slots__ = (
-        "arrived", "body", "deadline", "granted", "id", "items", "kind", "outcome", "sent", "signs", "size", "waiter",
+        "arrived", "body", "deadline", "given_up", "granted", "id", "items", "kind", "outcome", "sent", "signs", "size",
+        "waiter",
     )  # fmt: skip
 
     def __init__(self, kind: int, deadline: float | None = None, size: int = 0) -> None:
@@ -58,6 +60,7 @@ class Call:
         self.items: deque[bytes | memoryview] | None = None
         self.signs = 0
         self.sent = False
+        self.given_up = False
         self.waiter: Any = None
 
 
@@ -98,7 +101,11 @@ class CallTable:
         return under_way + size > self.large_bytes
 
     def give_up(self, call: Call) -> bool:
-        """Forget ``call``; False when its outcome came first (or is being written at this moment)."""
+        """Forget ``call``; False when its outcome came first (or is being written at this moment).
+
+        Read ``sent`` only after this: the sender sets it, then looks at ``given_up``.
+        """
+        call.given_up = True
         return self.pending.pop(call.id, None) is not None
 
     def receive(self, frame: bytes, body: bytes | memoryview | None, moved: list[Call]) -> None:

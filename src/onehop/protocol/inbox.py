@@ -293,7 +293,7 @@ class Inbox:
         elif not targets:
             known = service in self._services
             self._refuse(identity, head.id, "no server" if known else "no service", server or service)
-        elif len(self.taken) >= self.messages or self.taken_bytes + size > self.size:
+        elif len(self.taken) + len(targets) > self.messages or self.taken_bytes + size > self.size:
             self._refuse(identity, head.id, "full", f"{len(self.taken)} requests are taken in and not answered")
         elif (news := sender.window.take(head.id)) is not NEW:
             self._duplicate(identity, head, news)

@@ -51,15 +51,13 @@ class NodeProtocol:
         self.inbox = Inbox(node, realm=realm, host=host, messages=messages, size=size, reach=reach, release=release)
         self._window = (window_messages, window_bytes)
 
-    def learn(self, records: Iterable[RecordLike]) -> list[Peer]:
-        """Take in a registry's whole view; returns the peers it no longer has."""
-        absent = self.peers.learn(records)
-        self.update_routes()
-        return absent
+    def learn(self, records: Iterable[RecordLike]) -> None:
+        """Take in a registry's whole view."""
+        self._update(self.peers.learn(records))
 
-    def update_routes(self) -> None:
-        """Make a new picture of the routes, after any change of a peer."""
-        self.routes = Routes(self.peers.peers.values())
+    def _update(self, peers: list[Peer]) -> None:
+        if peers:
+            self.routes = self.routes.changed(peers)
 
     def connect(self, peer: Peer, now: float) -> wire.Frame | None:
         """A connection to ``peer`` is being opened: returns the hello to send first; None if it is not to be."""
@@ -91,7 +89,7 @@ class NodeProtocol:
             return self.peers.event(peer, states.HELLO, now)
         if head.kind == wire.GOODBYE:
             if self.peers.event(peer, states.GOODBYE, now):
-                self.update_routes()
+                self._update([peer])
         elif head.kind != wire.PING:  # a probe asks nothing of us (wire 3.12)
             raise WireError(f"kind {head.kind} does not go from a server to a caller")
         return False
@@ -100,10 +98,9 @@ class NodeProtocol:
         """The connection to ``peer`` ended: its calls end as LOST; returns them."""
         calls = peer.calls.lose(why)
         self.peers.event(peer, states.LOST, now)
-        self.update_routes()
+        self._update([peer])
         return calls
 
     def handle_timer(self, now: float) -> None:
         """Let rested peers be routes again."""
-        if self.peers.handle_timer(now):
-            self.update_routes()
+        self._update(self.peers.handle_timer(now))

@@ -67,9 +67,10 @@ class Peer:
         record: the latest said of it; None once the registry has none.
         calls: calls under way to it; a new table for each connection, the numbers going on.
         link: the engine's connection object, or None.
+        offered: its routes in the present picture.
     """
 
-    __slots__ = ("calls", "failures", "id", "link", "numbers", "record", "rested_at", "state")
+    __slots__ = ("calls", "failures", "id", "link", "numbers", "offered", "record", "rested_at", "state")
 
     def __init__(self, id: bytes, record: RecordLike | None, first: int = 1) -> None:
         self.id = id
@@ -79,6 +80,7 @@ class Peer:
         self.calls = CallTable(self.numbers)
         self.calls.last = first - 1
         self.link: Any = None
+        self.offered: tuple[Any, ...] = ()
         self.failures = 0
         self.rested_at = 0.0
 
@@ -98,29 +100,32 @@ class PeerTable:
         self._highest = 0
 
     def learn(self, records: Iterable[RecordLike]) -> list[Peer]:
-        """Take in the whole view of a registry; returns the peers that became unknown to it.
+        """Take in the whole view of a registry; returns the peers of which something changed.
 
         A peer without a record is no route any more, but keeps its connection: what it took it may still answer.
         """
-        present: dict[bytes, RecordLike] = {}
+        present: dict[bytes, None] = {}
+        changed = []
         for record in records:
             try:
                 id = bytes.fromhex(record.node)
             except ValueError:
                 continue
-            if len(id) == 16 and record.endpoints:
-                present[id] = record
-        for id, record in present.items():
+            if len(id) != 16 or not record.endpoints:
+                continue
+            present[id] = None
             peer = self.peers.get(id)
             if peer is None:
-                self.peers[id] = Peer(id, record, self._highest + 1)
-            else:
+                peer = self.peers[id] = Peer(id, None, self._highest + 1)
+            if peer.record is not record:
                 peer.record = record
-        absent = [peer for id, peer in self.peers.items() if id not in present and peer.record is not None]
-        for peer in absent:
-            peer.record = None
-            self.event(peer, FORGOTTEN)
-        return absent
+                changed.append(peer)
+        for id, peer in list(self.peers.items()):
+            if id not in present and peer.record is not None:
+                peer.record = None
+                self.event(peer, FORGOTTEN)
+                changed.append(peer)
+        return changed
 
     def event(self, peer: Peer, event: str, now: float = 0.0) -> bool:
         """Apply ``event``; False when the peer's state does not know it, and nothing changed."""
@@ -146,10 +151,9 @@ class PeerTable:
             self.peers.pop(peer.id, None)
         return True
 
-    def handle_timer(self, now: float) -> bool:
-        """Let rested peers be tried again; True when one became a route."""
-        changed = False
-        for peer in list(self.peers.values()):
-            if peer.state == RESTING and peer.rested_at <= now:
-                changed |= self.event(peer, RESTED, now)
-        return changed
+    def handle_timer(self, now: float) -> list[Peer]:
+        """Let rested peers be tried again; returns them."""
+        rested = [peer for peer in self.peers.values() if peer.state == RESTING and peer.rested_at <= now]
+        for peer in rested:
+            self.event(peer, RESTED, now)
+        return rested

@@ -1,6 +1,6 @@
 """Routes: an immutable picture of which usable peer offers what, and the choice among them.
 
-The cold path builds a new picture at each change and puts it in the place of the old one as a whole; the hot path
+The cold path makes a new picture at each change and puts it in the place of the old one as a whole; the hot path
 reads it without a lock.
 """
 
@@ -20,34 +20,67 @@ class Route(NamedTuple):
     server: str
 
 
+def routes_to(peer: Peer) -> tuple[Route, ...]:
+    """What ``peer`` offers, if it is usable."""
+    record = peer.record
+    if record is None or peer.state not in USABLE or record.state != "serving":
+        return ()
+    return tuple(Route(peer, service, server) for service, servers in record.services.items() for server in servers)
+
+
 class Routes:
-    """Service, or service and server, to routes, in a stable order."""
+    """Service, or service and server, to routes, in a stable order: by node id, then as in the record.
 
-    __slots__ = ("by_server", "by_service")
+    Args:
+        by_service: each in that order.
+    """
 
-    def __init__(self, peers: Iterable[Peer] = ()) -> None:
-        by_service: dict[str, list[Route]] = {}
-        by_server: dict[tuple[str, str], list[Route]] = {}
-        for peer in sorted(peers, key=lambda peer: peer.id):
-            if peer.record is None or peer.state not in USABLE or peer.record.state != "serving":
-                continue
-            for service, servers in peer.record.services.items():
-                for server in servers:
-                    route = Route(peer, service, server)
-                    by_service.setdefault(service, []).append(route)
-                    by_server.setdefault((service, server), []).append(route)
-        self.by_service = {service: tuple(routes) for service, routes in by_service.items()}
-        self.by_server = {key: tuple(routes) for key, routes in by_server.items()}
+    __slots__ = ("_by_server", "by_service")
+
+    def __init__(self, by_service: dict[str, tuple[Route, ...]] | None = None) -> None:
+        self.by_service = by_service or {}
+        self._by_server: dict[tuple[str, str], tuple[Route, ...]] = {}
 
     def of(self, service: str, server: str = "") -> tuple[Route, ...]:
         """All routes to ``service``; only those to ``server`` where one is named, never another's."""
-        if server:
-            return self.by_server.get((service, server), ())
-        return self.by_service.get(service, ())
+        routes = self.by_service.get(service, ())
+        if not server or not routes:
+            return routes
+        named = self._by_server.get((service, server))
+        if named is None:
+            # Filled as it is asked for: most services are never addressed by server.
+            named = self._by_server[service, server] = tuple(route for route in routes if route.server == server)
+        return named
 
     def distinct(self, service: str, server: str = "") -> tuple[Route, ...]:
         """As :meth:`of`, each (peer, server) once: whom a fan-out addresses."""
         return tuple(dict.fromkeys(self.of(service, server)))
+
+    def changed(self, peers: Iterable[Peer]) -> Routes:
+        """The picture after a change of ``peers``; everything else stays as it is."""
+        table = dict(self.by_service)
+        gone: dict[str, dict[bytes, None]] = {}
+        come: dict[str, list[Route]] = {}
+        for peer in peers:
+            offered = routes_to(peer)
+            for route in peer.offered:
+                gone.setdefault(route.service, {})[peer.id] = None
+            for route in offered:
+                come.setdefault(route.service, []).append(route)
+            peer.offered = offered
+        for service in {**gone, **come}:
+            left_out = gone.get(service, {})
+            kept = [route for route in table.get(service, ()) if route.peer.id not in left_out]
+            routes = sorted(kept + come.get(service, []), key=_node_id)
+            if routes:
+                table[service] = tuple(routes)
+            else:
+                del table[service]
+        return Routes(table)
+
+
+def _node_id(route: Route) -> bytes:
+    return route.peer.id
 
 
 def choose(routes: tuple[Route, ...], turn: int) -> Route:
@@ -63,5 +96,7 @@ def choose(routes: tuple[Route, ...], turn: int) -> Route:
     second = routes[(turn + 1) % len(routes)]
     mine, theirs = first.peer.calls, second.peer.calls
     if mine is not theirs and len(theirs.pending) + theirs.load < len(mine.pending) + mine.load:
+        # What a server reported fades, or one that was busy once would never be asked again.
+        mine.load >>= 1
         return second
     return first

@@ -77,7 +77,7 @@ class Server:
             return
         inbound = engine.inbound
         if engine.expired(request):
-            inbound.answer(request, _refusal(request, "expired"))
+            inbound.refuse(request, "expired")
             return
         inherited_token = inherited.set(request.deadline)
         running_token = _running.set(request)
@@ -151,10 +151,6 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _refusal(request: Request, reason: str) -> wire.Frame | None:
-    return wire.reject(request.id, reason) if request.kind == wire.REQUEST else None
 
 
 def _arguments(body: bytes | memoryview) -> tuple[list[Any], dict[str, Any]]:
@@ -290,7 +286,7 @@ class Listener:
             if request is None:
                 break
             if engine.expired(request):
-                engine.inbound.answer(request, _refusal(request, "expired"))
+                engine.inbound.refuse(request, "expired")
             else:
                 found.append(Incoming(engine, request))
         return found
@@ -306,7 +302,7 @@ class Listener:
         engine = self._engine
         while engine is not None and engine.inbound is not None and self._queue.tasks:
             request = self._queue.tasks.popleft()
-            engine.inbound.answer(request, _refusal(request, "draining"))
+            engine.inbound.refuse(request, "draining")
 
     def _after_fork(self) -> None:
         self._engine = None

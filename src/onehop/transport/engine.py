@@ -50,6 +50,8 @@ inherited: ContextVar[float | None] = ContextVar("onehop_deadline", default=None
 
 HANDSHAKE = 5.0
 """Seconds a peer has to answer a hello."""
+BRIEF = 0.02
+"""Seconds that a fan-out gives one silent peer before it looks after the next."""
 TICK = 0.1
 SLOW_TICK = 0.5
 """Seconds between the housekeeping's rounds: while timers of served requests may be due, and otherwise."""
@@ -180,12 +182,7 @@ class Engine:
             PeerLost, CallTimeout: it did not become ready; nothing was sent.
         """
         link = self._begin_link(peer)
-        if not acquire(link.opening, until - monotonic()):
-            raise CallTimeout(f"no connection to {name_of(peer)} before the deadline", executed="no")
-        try:
-            link.wait(link.hello, 0, min(until, monotonic() + HANDSHAKE))
-        finally:
-            link.opening.release()
+        self._await_hello(link, until)
         if link.hello.outcome == REPLIED:
             return link
         if link.hello.outcome is None and monotonic() >= until:
@@ -195,6 +192,16 @@ class Engine:
             why = "{}: {}".format(*link.hello.body)
         self._lost(peer, link, why)
         raise PeerLost(f"no connection to {name_of(peer)}: {link.error or why}", executed="no") from link.error
+
+    def _await_hello(self, link: Link, until: float) -> bool:
+        """Wait until the hello has an outcome, for as long as a peer has to answer it; whether it has."""
+        until = min(until, link.began + HANDSHAKE)
+        if link.hello.outcome is None and acquire(link.opening, until - monotonic()):
+            try:
+                link.wait(link.hello, 0, until)
+            finally:
+                link.opening.release()
+        return link.hello.outcome is not None
 
     def _control(self, peer: Peer, link: Link, frame: bytes) -> None:
         """A frame from ``peer`` that is for no call."""
@@ -378,7 +385,8 @@ class Engine:
         """Give ``call`` up and tell the server; False when it had ended."""
         if not link.calls.give_up(call):
             return False
-        link.post(None, wire.pack(wire.CANCEL, id=call.id))
+        if call.sent:
+            link.post(None, wire.pack(wire.CANCEL, id=call.id))
         return True
 
     def scatter(self, terms: Terms, kind: int, flags: int, method: str, body: bytes | memoryview) -> list[Attempt]:
@@ -394,15 +402,24 @@ class Engine:
             attempt.route = route
             everyone.append(attempt)
             try:  # all connections begin before any is waited for
-                self._begin_link(route.peer)
+                attempt.link = self._begin_link(route.peer)
             except (CallError, ResourceLimit) as error:
                 attempt.error = error if isinstance(error, CallError) else NoRoute(str(error))
-        for attempt in everyone:
-            if attempt.error is None:
+        waiting = [attempt for attempt in everyone if attempt.error is None]
+        while waiting:  # each is sent to as soon as it is ready: a silent one holds up nobody
+            silent = []
+            for attempt in waiting:
+                now = monotonic()
+                if not self._await_hello(attempt.link, now + BRIEF) and now < min(
+                    until, attempt.link.began + HANDSHAKE
+                ):
+                    silent.append(attempt)
+                    continue
                 try:
                     self._post_to(attempt, kind, flags, body)
                 except CallError as error:
                     attempt.error = error
+            waiting = silent
         for attempt in everyone:
             if attempt.error is None:
                 try:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+from onehop.protocol import wire
 from onehop.protocol.inbox import Inbox, Request
 from onehop.protocol.turns import successor
 from onehop.protocol.wire import Frame
@@ -130,6 +131,12 @@ class Inbound:
         """
         self._out.append((request, frame, last))
         self._turn()
+
+    def refuse(self, request: Request, reason: str) -> None:
+        """Answer that ``request`` did not run, and count it; a cast only gives its room back."""
+        with self._lock:
+            self._inbox.refused[reason] += 1
+        self.answer(request, wire.reject(request.id, reason) if request.kind == wire.REQUEST else None)
 
     def change(self, action: Callable[[Inbox], None]) -> None:
         """Do something to the inbox under its lock, and send what it wants sent."""

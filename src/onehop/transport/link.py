@@ -51,6 +51,7 @@ class Link:
         hello: stands for the answer to our hello, with number 0: its outcome says whether the link is ready.
         ended: why the link is over; None while it is not.
         error: what the peer's hello was answered with, where the two cannot talk.
+        began: when, on this process's monotonic clock.
         opening: held by the thread that waits for the hello.
     """
 
@@ -61,6 +62,7 @@ class Link:
         self.ended: str | None = None
         self.error: Exception | None = None
         self.bad_frames = 0
+        self.began = monotonic()
         self.opening = new_lock()
         self.hello = Call(wire.HELLO)
         calls.pending[0] = self.hello
@@ -107,13 +109,18 @@ class Link:
             except IndexError:
                 return True
             call, frame = entry
-            if self.ended is not None or (call is not None and call.outcome is not None):
+            if self.ended is not None:
                 continue
-            if not send(frame):
-                out.appendleft(entry)
-                return False
             if call is not None:
                 call.sent = True
+                if call.given_up:
+                    call.sent = False
+                    continue
+            if not send(frame):
+                if call is not None:
+                    call.sent = False
+                out.appendleft(entry)
+                return False
         return True
 
     def _turn(self) -> None:

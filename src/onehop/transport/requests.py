@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import count
 from time import monotonic
 
@@ -42,7 +43,7 @@ class Terms:
         self.ready_timeout = ready_timeout
         self.monitor = monitor
         self.idempotent = idempotent
-        self.turns = count()
+        self.turns = count(int.from_bytes(os.urandom(2), "big"))  # so that not everybody begins at the same
         self.sections: dict[tuple[str, str], bytes] = {}
 
     def section(self, server: str, method: str) -> bytes:

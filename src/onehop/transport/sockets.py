@@ -32,8 +32,8 @@ COMMON_OPTIONS: tuple[tuple[int, int, str], ...] = (
     (zmq.MAXMSGSIZE, 64 * 1024 * 1024, "a header that promises gigabytes is refused before memory is taken"),
     (zmq.HANDSHAKE_IVL, 5_000, "a scanner or a hung peer holds a connection for 5 s, not 30"),
     (zmq.HEARTBEAT_IVL, 2_000, "a peer whose host vanished sends no FIN; ask it every 2 s"),
-    (zmq.HEARTBEAT_TIMEOUT, 6_000, "and count the connection as ended after 6 s without an answer"),
-    (zmq.HEARTBEAT_TTL, 6_000, "so does the other side"),
+    (zmq.HEARTBEAT_TIMEOUT, 4_500, "and count the connection as ended after 4.5 s without an answer: 6.5 s in all"),
+    (zmq.HEARTBEAT_TTL, 4_500, "so does the other side"),
 )
 LINK_OPTIONS: tuple[tuple[int, int, str], ...] = (
     *COMMON_OPTIONS,
