@@ -64,7 +64,7 @@ def names_of(vector: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def hello_of(vector: dict[str, Any]) -> wire.Hello:
-    given = {key: vector[key] for key in ("version", "oldest", "features", "host", "realm", "release") if key in vector}
+    given = {key: vector[key] for key in ("version", "oldest", "features", "first", "host", "realm", "release") if key in vector}
     given |= {key: octets(vector[key]) for key in ("node", "expected", "key", "grant") if key in vector}
     return wire.Hello(**given)
 
