@@ -27,6 +27,7 @@ LOG = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between attempts
 CLIENTS_KEPT = 1024
 CALL_TIMEOUT = 60.0  # of a call that names none, which oslo.messaging's client never makes
+SHORTEST = 0.001  # a timeout of 0 is allowed, and ends as a timeout
 
 
 class OutcomeUnknown(MessagingTimeout):  # type: ignore[misc]
@@ -177,7 +178,9 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
                 return self._fanout(sending)
             if not wait_for_reply:
                 return self._cast(sending, timeout)
-            reply = self._call(sending, CALL_TIMEOUT if timeout is None else timeout, call_monitor_timeout)
+            reply = self._call(
+                sending, CALL_TIMEOUT if timeout is None else max(timeout, SHORTEST), call_monitor_timeout
+            )
         except errors.OnehopError as error:
             raise translated(error, sending) from error
         answer = payload.decode(reply)
