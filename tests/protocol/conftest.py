@@ -19,6 +19,16 @@ SERVER = b"server-node-0001"
 IDENTITY = b"\0conn"
 
 
+class Queue:
+    """Where an inbox puts requests: all it asks is how many wait."""
+
+    def __init__(self, waiting: int = 0) -> None:
+        self.waiting = waiting
+
+    def __len__(self) -> int:
+        return self.waiting
+
+
 class Conversation:
     """A caller and a server, and the connection between them.
 
@@ -31,11 +41,17 @@ class Conversation:
     def __init__(self, **settings: Any) -> None:
         self.caller = NodeProtocol(CALLER, random=lambda: 0.5, host="h1", **settings)
         self.server = NodeProtocol(SERVER, random=lambda: 0.5, host="h2", **settings)
-        self.queue: list[Request] = []
+        self.queue = Queue()
         self.server.inbox.offer("clock", "a", self.queue)
         self.news: list[Call] = []
         self.moved: list[Request] = []
         self.caller.learn([self.record()])
+
+    def offer(self, service: str, server: str) -> Queue:
+        """One more instance at the server."""
+        queue = Queue()
+        self.server.inbox.offer(service, server, queue)
+        return queue
 
     def record(self, **changes: Any) -> Record:
         fields: dict[str, Any] = {
@@ -83,7 +99,7 @@ class Conversation:
 
     def begin(self, kind: int = wire.REQUEST, flags: int = 0, **details: Any) -> tuple[Call, wire.Frame]:
         """Register a request and make its frame; nothing is sent."""
-        call = Call(deadline=details.get("remaining", 60.0), size=len(details.get("body", b"")))
+        call = Call(kind, deadline=details.get("remaining", 60.0), size=len(details.get("body", b"")))
         return call, self.frame(self.peer.calls.begin(call), kind, flags, **details)
 
     def frame(

@@ -1,0 +1,338 @@
+"""Calls made and not finished: each ends once, and never as something that was not asked."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onehop.errors import WireError
+from onehop.protocol import wire
+from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, TAKEN, Call, CallTable
+
+
+def begun(table: CallTable, kind: int = wire.REQUEST, **details: Any) -> Call:
+    call = Call(kind, **details)
+    table.begin(call)
+    return call
+
+
+def stream(table: CallTable, granted: int) -> Call:
+    call = Call(wire.REQUEST)
+    call.items = deque()
+    call.granted = granted
+    table.begin(call)
+    return call
+
+
+def receive(table: CallTable, frame: wire.Frame) -> list[Call]:
+    moved: list[Call] = []
+    head, body = (frame, None) if isinstance(frame, bytes) else frame
+    table.receive(head, body, moved)
+    return moved
+
+
+def reply(call: Call, body: bytes = b"result", flags: int = 0, load: int = 0) -> wire.Frame:
+    return wire.answer(wire.REPLY, flags, call.id, body, load)
+
+
+# Beginning ----------------------------------------------------------------------------------------
+
+
+def test_call_is_registered_before_its_frame_can_exist() -> None:
+    table = CallTable()
+    call = Call(wire.REQUEST)
+    assert call.id == 0
+    number = table.begin(call)
+    assert (call.id, table.last) == (number, number) == (1, 1)
+    assert table.pending == {1: call}
+
+
+def test_numbers_go_on_over_a_new_table() -> None:
+    numbers = count(7)
+    assert [begun(CallTable(numbers)).id for _ in range(3)] == [7, 8, 9]
+
+
+def test_window_is_full_at_its_number_of_calls_and_has_room_again_when_one_ends() -> None:
+    table = CallTable(messages=2)
+    first = begun(table)
+    assert not table.full(0)
+    begun(table)
+    assert table.full(0)
+    receive(table, reply(first))
+    assert not table.full(0)
+
+
+def test_large_frames_are_bounded_together_and_small_ones_by_number_only() -> None:
+    large = wire.SECOND_FRAME_FROM
+    table = CallTable(large_bytes=3 * large)
+    begun(table, size=2 * large)
+    begun(table, size=large - 1)
+    assert not table.full(large)
+    assert table.full(large + 1)
+    assert not table.full(large - 1)
+    assert CallTable(large_bytes=large).full(large + 1), "even alone"
+
+
+# Ending -------------------------------------------------------------------------------------------
+
+
+def test_reply_ends_its_call_with_its_body_and_tells_the_load() -> None:
+    table = CallTable()
+    call, other = begun(table), begun(table)
+    assert receive(table, reply(call, b"four", load=4)) == [call]
+    assert (call.outcome, call.body, table.load) == (REPLIED, b"four", 4)
+    assert other.outcome is None
+    assert list(table.pending) == [other.id]
+
+
+def test_failed_reply_ends_its_call_as_failed() -> None:
+    table = CallTable()
+    call = begun(table)
+    receive(table, reply(call, b"error", wire.FAILED))
+    assert (call.outcome, call.body) == (FAILED, b"error")
+
+
+def test_large_body_is_taken_from_the_second_frame() -> None:
+    table = CallTable()
+    call, lines = begun(table), stream(table, 1)
+    large = bytes(wire.SECOND_FRAME_FROM)
+    receive(table, reply(call, large))
+    receive(table, wire.answer(wire.ITEM, 0, lines.id, large))
+    assert call.body is large
+    assert lines.items is not None
+    assert lines.items[0] is large
+
+
+@pytest.mark.parametrize("kind", [wire.REPLY, wire.ITEM])
+def test_body_that_is_announced_and_missing_or_there_and_not_announced_is_refused(kind: int) -> None:
+    table = CallTable()
+    call = stream(table, 1)
+    with pytest.raises(WireError, match="announced"):
+        receive(table, wire.pack(kind, wire.BODY_FOLLOWS, id=call.id))
+    with pytest.raises(WireError, match="announced"):
+        receive(table, (wire.pack(kind, id=call.id), b"body"))
+    assert call.outcome is None
+    assert not call.items
+    assert call.id in table.pending
+
+
+def test_acknowledgement_ends_each_of_its_casts_as_taken() -> None:
+    table = CallTable()
+    casts = [begun(table, wire.CAST) for _ in range(4)]
+    assert receive(table, wire.ack([1, 2, 4], load=9)) == [casts[0], casts[1], casts[3]]
+    assert [each.outcome for each in casts] == [TAKEN, TAKEN, None, TAKEN]
+    assert table.load == 9
+
+
+@pytest.mark.parametrize("kind", [wire.REQUEST, wire.CAST, wire.PING, wire.HELLO])
+def test_rejection_ends_whatever_it_names_with_reason_and_text(kind: int) -> None:
+    table = CallTable()
+    call = begun(table, kind)
+    assert receive(table, wire.reject(call.id, "full", "later")) == [call]
+    assert (call.outcome, call.body) == (REJECTED, ("full", "later"))
+
+
+def test_pong_ends_its_ping() -> None:
+    table = CallTable()
+    ping = begun(table, wire.PING)
+    assert receive(table, wire.pack(wire.PONG, id=ping.id)) == [ping]
+    assert ping.outcome == REPLIED
+
+
+ANSWERS = {
+    "reply": (lambda id: wire.answer(wire.REPLY, 0, id, b""), wire.REQUEST),
+    "acknowledgement": (lambda id: wire.ack([id]), wire.CAST),
+    "pong": (lambda id: wire.pack(wire.PONG, id=id), wire.PING),
+}
+
+
+@pytest.mark.parametrize("kind", [wire.REQUEST, wire.CAST, wire.PING, wire.HELLO])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answer_of_another_kind_than_what_was_asked_is_refused_and_ends_nothing(answer: str, kind: int) -> None:
+    frame, right = ANSWERS[answer]
+    table = CallTable()
+    call = begun(table, kind)
+    if kind == right:
+        assert receive(table, frame(call.id)) == [call]
+        return
+    with pytest.raises(WireError):
+        receive(table, frame(call.id))
+    assert call.outcome is None
+    assert call.id in table.pending
+
+
+@pytest.mark.parametrize("kind", [0, wire.HELLO, wire.REQUEST, wire.GOODBYE, 22, 255])
+def test_kind_that_is_no_answer_is_refused(kind: int) -> None:
+    with pytest.raises(WireError, match=f"kind {kind} does not go from a server to a caller"):
+        receive(CallTable(), wire.HEADER.pack(kind, 0, 0, 0, 1))
+
+
+def test_acknowledgement_that_is_no_row_of_ids_changes_nothing() -> None:
+    table = CallTable()
+    cast = begun(table, wire.CAST)
+    with pytest.raises(WireError):
+        receive(table, wire.ack([cast.id]) + b"x")
+    assert (cast.outcome, table.load) == (None, 0)
+
+
+LATE = {
+    "reply": wire.answer(wire.REPLY, 0, 1, b""),
+    "acknowledgement": wire.ack([1]),
+    "rejection": wire.reject(1, "full"),
+    "pong": wire.pack(wire.PONG, id=1),
+    "item": wire.answer(wire.ITEM, 0, 1, b""),
+    "progress": wire.pack(wire.PROGRESS, id=1),
+}
+
+
+@pytest.mark.parametrize("frame", LATE.values(), ids=LATE)
+def test_answer_after_the_call_was_given_up_is_counted_and_dropped(frame: bytes) -> None:
+    table = CallTable()
+    call = stream(table, 1)
+    assert table.give_up(call)
+    assert receive(table, frame) == []
+    assert table.late == 1
+    assert call.outcome is None
+    assert not call.items
+
+
+def test_call_ends_once_whoever_comes_first() -> None:
+    table = CallTable()
+    call = begun(table)
+    receive(table, reply(call, b"first"))
+    assert not table.give_up(call)
+    receive(table, reply(call, b"second"))
+    receive(table, wire.reject(call.id, "full"))
+    assert table.lose("gone") == []
+    assert (call.outcome, call.body, table.late) == (REPLIED, b"first", 2)
+
+
+class TakenMeanwhile(dict[int, Call]):
+    """A table from which another thread takes a call between a look at it and the taking out."""
+
+    def get(self, id: int, default: Any = None) -> Any:
+        found = super().get(id, default)
+        self.clear()
+        return found
+
+    def popitem(self) -> tuple[int, Call]:
+        if len(self) == 1:
+            self.clear()
+        return super().popitem()
+
+
+@pytest.mark.parametrize(("frame", "kind"), [(LATE["reply"], wire.REQUEST), (LATE["acknowledgement"], wire.CAST)])
+def test_call_given_up_while_its_answer_is_read_stays_given_up(frame: bytes, kind: int) -> None:
+    table = CallTable()
+    call = Call(kind)
+    table.pending = TakenMeanwhile({1: call})
+    assert receive(table, frame) == []
+    assert (call.outcome, table.late) == (None, 1)
+
+
+def test_lost_connection_ends_every_call_with_the_reason() -> None:
+    table = CallTable()
+    calls = [begun(table) for _ in range(3)]
+    lost = table.lose("the host is gone")
+    assert sorted(lost, key=lambda call: call.id) == calls
+    assert {(call.outcome, call.body) for call in calls} == {(LOST, "the host is gone")}
+    assert not table.pending
+
+
+def test_call_taken_out_by_another_thread_while_the_rest_are_lost_is_not_lost() -> None:
+    table = CallTable()
+    table.pending = TakenMeanwhile({1: Call(wire.REQUEST), 2: Call(wire.REQUEST)})
+    kept = table.pending[1]
+    assert len(table.lose("gone")) == 1
+    assert kept.outcome is None
+
+
+def test_call_expires_at_its_deadline_and_not_before() -> None:
+    table = CallTable()
+    soon, late, never = begun(table, deadline=2.0), begun(table, deadline=3.0), begun(table)
+    assert table.expire(1.999) == []
+    assert table.expire(2.0) == [soon]
+    assert soon.outcome is None, "who waits says how it ended"
+    assert table.expire(2.5) == []
+    assert table.expire(1e9) == [late]
+    assert list(table.pending.values()) == [never]
+
+
+# Streams ------------------------------------------------------------------------------------------
+
+
+def test_items_arrive_in_order_and_each_is_a_sign_of_life() -> None:
+    table = CallTable()
+    call = stream(table, 3)
+    for at in range(3):
+        assert receive(table, wire.answer(wire.ITEM, 0, call.id, b"%d" % at, number=at)) == [call]
+        assert call.signs == at + 1
+    assert call.items == deque([b"0", b"1", b"2"])
+    receive(table, reply(call, b"", wire.STREAM))
+    assert call.outcome == REPLIED
+
+
+def test_item_beyond_what_was_asked_for_is_refused_until_more_is_asked_for() -> None:
+    table = CallTable()
+    call = stream(table, 1)
+    item = wire.answer(wire.ITEM, 0, call.id, b"x")
+    receive(table, item)
+    assert call.items is not None
+    call.items.popleft()
+    with pytest.raises(WireError, match="asked for no more items"):
+        receive(table, item)
+    assert not call.items
+    assert call.signs == 1
+    call.granted += 1
+    receive(table, item)
+    assert len(call.items) == 1
+
+
+def test_item_for_a_call_that_is_no_stream_is_refused() -> None:
+    table = CallTable()
+    call = begun(table)
+    with pytest.raises(WireError, match=f"an item for call {call.id}"):
+        receive(table, wire.answer(wire.ITEM, 0, call.id, b"x"))
+    assert call.signs == 0
+
+
+def test_progress_is_a_sign_of_life_and_ends_nothing() -> None:
+    table = CallTable()
+    call = begun(table)
+    assert receive(table, wire.pack(wire.PROGRESS, id=call.id)) == [call]
+    assert (call.signs, call.outcome) == (1, None)
+    assert call.id in table.pending
+
+
+# Any order ----------------------------------------------------------------------------------------
+
+ACTIONS = st.lists(st.tuples(st.sampled_from(["reply", "ack", "reject", "give up", "expire"]), st.integers(1, 6)), max_size=30)
+
+
+@given(ACTIONS)
+def test_each_call_leaves_the_table_exactly_once_whatever_comes_in_whatever_order(actions: list[tuple[str, int]]) -> None:
+    table = CallTable()
+    calls = [begun(table, deadline=1.0) for _ in range(4)] + [begun(table, wire.CAST, deadline=1.0) for _ in range(2)]
+    left: list[Call] = []
+    for action, id in actions:
+        try:
+            match action:
+                case "reply":
+                    left += receive(table, wire.answer(wire.REPLY, 0, id, b""))
+                case "ack":
+                    left += receive(table, wire.ack([id]))
+                case "reject":
+                    left += receive(table, wire.reject(id, "full"))
+                case "give up":
+                    left += [calls[id - 1]] if table.give_up(calls[id - 1]) else []
+                case "expire":
+                    left += table.expire(float(id - 5))
+        except WireError:
+            pass
+    left += table.lose("end")
+    assert sorted(call.id for call in left) == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,615 @@
+"""Requests taken in: who may send them, whether they are new, whether there is room, and what is owed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onehop.protocol import wire
+from onehop.protocol.calls import REJECTED, REPLIED, TAKEN
+from onehop.protocol.inbox import (
+    ADDRESSES_KEPT, AGAIN, NEW, SILENT_AFTER, UNKNOWN, WINDOW_KEPT, WINDOWS_KEPT, Inbox, Request, Window,
+)  # fmt: skip
+
+OTHER = b"another-node-001"
+
+
+def hello_of(node: bytes, **changes: Any) -> bytes:
+    return wire.hello(wire.Hello(node, bytes(16), **changes))
+
+
+# Windows ------------------------------------------------------------------------------------------
+
+
+class PlainWindow:
+    """The same, by remembering everything."""
+
+    def __init__(self, reach: int, first: int) -> None:
+        self.reach, self.first, self.highest = reach, first, first - 1
+        self.come: set[int] = set()
+
+    def take(self, number: int) -> str:
+        if number <= self.highest and (number < self.highest - self.reach or number < self.first):
+            return UNKNOWN
+        self.highest = max(number, self.highest)
+        if number in self.come:
+            return AGAIN
+        self.come.add(number)
+        return NEW
+
+
+@given(
+    reach=st.integers(1, 8),
+    first=st.integers(1, 30),
+    steps=st.lists(st.integers(-12, 12), max_size=120),
+)
+def test_window_tells_new_from_seen_as_one_that_remembers_everything(reach: int, first: int, steps: list[int]) -> None:
+    window, plain = Window(reach, first), PlainWindow(reach, first)
+    at = first
+    for step in steps:
+        at = max(first, at + step)
+        assert window.take(at) == plain.take(at), at
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=200), st.integers(1, 16))
+def test_window_takes_no_number_twice(numbers: list[int], reach: int) -> None:
+    window = Window(reach)
+    taken = [number for number in numbers * 2 if window.take(number) is NEW]
+    assert len(taken) == len(set(taken))
+
+
+@given(st.permutations(range(1, 33)))
+def test_window_takes_every_number_within_reach_in_whatever_order(numbers: list[int]) -> None:
+    window = Window(32)
+    assert [window.take(number) for number in numbers] == [NEW] * 32
+    assert [window.take(number) for number in numbers] == [AGAIN] * 32
+
+
+@given(st.lists(st.integers(1, 200), max_size=100), st.integers(1, 16))
+def test_window_remembers_no_more_than_twice_its_reach(steps: list[int], reach: int) -> None:
+    window = Window(reach)
+    number = 0
+    for step in steps:
+        number += step
+        window.take(number)
+        assert len(window._missing) <= 2 * reach
+
+
+def test_sender_in_order_costs_its_window_nothing() -> None:
+    window = Window(4096)
+    assert all(window.take(number) is NEW for number in range(1, 10_000))
+    assert not window._missing
+
+
+def test_window_at_the_edge_of_its_reach() -> None:
+    window = Window(10)
+    window.take(100)
+    assert [window.take(number) for number in (90, 89, 0)] == [NEW, UNKNOWN, UNKNOWN]
+    assert window.take(2**64 - 1) is NEW
+
+
+# Hello --------------------------------------------------------------------------------------------
+
+
+def test_server_answers_a_hello_with_its_own_and_knows_the_sender(strangers: Any) -> None:
+    strangers.connect(now=1.0)
+    [sender] = strangers.inbox.senders.values()
+    assert (sender.node, sender.host, sender.heard) == (strangers.caller.id, "h1", 1.0)
+
+
+def test_request_before_hello_is_refused(strangers: Any) -> None:
+    call = strangers.request()
+    strangers.carry_back()
+    assert call.outcome == REJECTED
+    assert call.body[0] == "hello first"
+    assert not strangers.moved
+    assert strangers.inbox.refused == {"hello first": 1}
+
+
+@pytest.mark.parametrize("changes", [{"expected": OTHER}, {"realm": "south"}])
+def test_hello_for_another_node_or_realm_is_refused_and_its_sender_not_known(strangers: Any, changes: Any) -> None:
+    strangers.carry(wire.hello(wire.Hello(**{"node": OTHER, "expected": bytes(16), **changes})))
+    [(_, frame)] = strangers.inbox.outgoing
+    assert wire.header(frame).id == 0
+    assert wire.rejection(frame) == ("wrong node", f"this is node {strangers.server.id.hex()} of realm ''")
+    assert not strangers.inbox.senders
+    assert strangers.inbox.refused == {"wrong node": 1}
+
+
+@pytest.mark.parametrize("versions", [{"version": 9, "oldest": 2}, {"version": 0, "oldest": 0}])
+def test_hello_without_a_common_version_is_answered_and_its_sender_not_known(strangers: Any, versions: Any) -> None:
+    strangers.carry(hello_of(OTHER, **versions))
+    [(_, frame)] = strangers.inbox.outgoing
+    assert wire.parse_hello(frame).node == strangers.server.id
+    assert not strangers.inbox.senders
+    assert strangers.inbox.counts == {"version mismatches": 1}
+
+
+def test_hello_of_a_newer_peer_that_still_speaks_our_version_is_taken(strangers: Any) -> None:
+    strangers.carry(hello_of(OTHER, version=9, oldest=1))
+    assert len(strangers.inbox.senders) == 1
+
+
+def test_second_hello_on_a_connection_changes_nothing_and_one_of_another_node_is_a_bad_frame(talk: Any) -> None:
+    talk.request()
+    talk.carry(hello_of(talk.caller.id))
+    assert talk.carry_back() == 0, "it is ready already"
+    talk.carry(hello_of(OTHER))
+    assert [sender.node for sender in talk.inbox.senders.values()] == [talk.caller.id]
+    assert talk.inbox.counts == {"bad frames": 1}
+    talk.carry(talk.frame(1))
+    assert talk.inbox.counts["duplicates"] == 1, "the window is the same"
+
+
+def test_window_begins_at_the_first_number_that_the_hello_says(strangers: Any) -> None:
+    strangers.carry(hello_of(OTHER, first=5000))
+    strangers.inbox.outgoing.clear()
+    for id in (5001, 5000):
+        strangers.carry(strangers.frame(id))
+    assert [request.id for request in strangers.moved] == [5001, 5000]
+    assert not strangers.inbox.outgoing
+
+
+def test_number_below_the_first_is_refused_not_acknowledged(strangers: Any) -> None:
+    strangers.carry(hello_of(OTHER, first=5000))
+    strangers.inbox.outgoing.clear()
+    strangers.carry(strangers.frame(4999, wire.CAST))
+    [(_, frame)] = strangers.inbox.outgoing
+    assert wire.rejection(frame)[0] == "duplicate"
+
+
+def test_windows_have_a_limit_and_the_oldest_goes_first() -> None:
+    inbox = Inbox(b"s" * 16)
+    for number in range(WINDOWS_KEPT + 1):
+        inbox.receive(b"%d" % number, hello_of(number.to_bytes(16, "big")), None, 0.0, [])
+        inbox.outgoing.clear()
+    assert len(inbox._windows) == WINDOWS_KEPT
+    assert bytes(16) not in inbox._windows
+
+
+# Taking in ----------------------------------------------------------------------------------------
+
+
+def test_request_is_taken_in_with_all_that_its_caller_said(talk: Any) -> None:
+    large = bytes(wire.SECOND_FRAME_FROM)
+    for body in (b"small", large):
+        talk.request(flags=wire.STREAM, now=10.0, remaining=5.0, monitor=2.0, server="a", body=body)
+    small, big = talk.moved
+    assert (small.service, small.server, small.method, small.node) == ("clock", "a", "read", talk.caller.id)
+    assert (small.id, small.kind, small.flags) == (1, wire.REQUEST, wire.STREAM | wire.MONITORED)
+    assert (small.deadline, small.monitor) == (15.0, 2.0)
+    assert (small.body, big.body) == (b"small", large)
+    assert big.body is large, "not copied"
+    assert small.target is talk.queue
+    assert not small.cancelled
+    assert not talk.inbox.outgoing, "a call is answered by its reply"
+
+
+def test_request_without_deadline_never_expires(talk: Any) -> None:
+    talk.request(remaining=None)
+    [request] = talk.moved
+    assert request.deadline is None
+    assert not talk.inbox.expired(request, 1e12)
+
+
+def test_cast_is_acknowledged_when_taken_in_with_the_length_of_its_queue(talk: Any) -> None:
+    talk.queue.waiting = 3
+    cast = talk.request(wire.CAST)
+    talk.carry_back()
+    assert cast.outcome == TAKEN
+    assert talk.peer.calls.load == 3
+    assert len(talk.moved) == 1
+
+
+def test_reply_reaches_the_caller_and_gives_the_room_back_once(talk: Any) -> None:
+    call = talk.request()
+    [request] = talk.moved
+    assert (len(talk.inbox.taken), talk.inbox.taken_bytes) == (1, request.size)
+    talk.answer(request, b"noon")
+    assert (call.outcome, call.body) == (REPLIED, b"noon")
+    assert (len(talk.inbox.taken), talk.inbox.taken_bytes) == (0, 0)
+    assert not talk.inbox.finish(request)
+    assert talk.inbox.taken_bytes == 0
+
+
+def test_request_goes_to_each_instance_in_turn_and_a_fanout_to_all(talk: Any) -> None:
+    second = talk.offer("clock", "b")
+    for _ in range(4):
+        talk.request()
+    assert [request.target is second for request in talk.moved] == [True, False, True, False] or [
+        request.target is second for request in talk.moved
+    ] == [False, True, False, True]
+    talk.moved.clear()
+    talk.request(wire.CAST, wire.FANOUT)
+    assert {id(request.target) for request in talk.moved} == {id(talk.queue), id(second)}
+    assert len(talk.inbox.outgoing) == 1, "one cast, one acknowledgement"
+    for request in list(talk.inbox.taken):
+        assert talk.inbox.finish(request)
+    assert talk.inbox.taken_bytes == 0
+
+
+def test_named_server_gets_its_requests_and_no_other(talk: Any) -> None:
+    second = talk.offer("clock", "b")
+    for _ in range(3):
+        talk.request(server="b")
+    assert all(request.target is second for request in talk.moved)
+
+
+def test_unknown_service_and_unknown_server_are_told_apart(talk: Any) -> None:
+    for details, told in (({"service": "lock"}, ("no service", "lock")), ({"server": "z"}, ("no server", "z"))):
+        call = talk.request(**details)
+        talk.carry_back()
+        assert (call.outcome, call.body) == (REJECTED, told)
+    assert talk.inbox.refused == {"no service": 1, "no server": 1}
+
+
+def test_instance_that_is_withdrawn_gets_nothing_more_and_keeps_what_it_took(talk: Any) -> None:
+    second = talk.offer("clock", "a")
+    talk.request()
+    talk.request()
+    talk.inbox.withdraw("clock", "a", second)
+    talk.inbox.withdraw("clock", "a", second)
+    for _ in range(3):
+        talk.request()
+    assert all(request.target is talk.queue for request in talk.moved[2:])
+    assert len(talk.inbox.taken) == 5
+    talk.inbox.withdraw("clock", "a", talk.queue)
+    call = talk.request()
+    talk.carry_back()
+    assert call.body[0] == "no service"
+    talk.inbox.withdraw("never offered", "a", talk.queue)
+
+
+def test_expired_request_is_refused_before_it_is_taken(talk: Any) -> None:
+    call = talk.request(remaining=0.0)
+    talk.carry_back()
+    assert (call.outcome, call.body[0]) == (REJECTED, "expired")
+    assert not talk.inbox.taken
+
+
+def test_request_that_waited_too_long_has_expired_at_its_deadline(talk: Any) -> None:
+    talk.request(now=100.0, remaining=2.0)
+    [request] = talk.moved
+    assert not talk.inbox.expired(request, 101.999)
+    assert talk.inbox.expired(request, 102.0)
+
+
+def test_number_of_requests_taken_in_is_bounded(converse: Callable[..., Any]) -> None:
+    talk = converse(messages=2)
+    calls = [talk.request() for _ in range(3)]
+    talk.carry_back()
+    assert [call.outcome for call in calls] == [None, None, REJECTED]
+    assert calls[2].body == ("full", "2 requests are taken in and not answered")
+    talk.answer(talk.moved[0])
+    again = talk.request()
+    talk.carry_back()
+    assert again.outcome is None
+
+
+def test_bytes_of_requests_taken_in_are_bounded_and_large_bodies_count(converse: Callable[..., Any]) -> None:
+    large = bytes(wire.SECOND_FRAME_FROM)
+    talk = converse(size=2 * len(large))
+    calls = [talk.request(body=large) for _ in range(2)]
+    talk.carry_back()
+    assert [call.outcome for call in calls] == [None, REJECTED]
+    assert calls[1].body[0] == "full"
+    assert len(large) < talk.inbox.taken_bytes <= 2 * len(large)
+    small = talk.request(body=bytes(1000))
+    talk.carry_back()
+    assert small.outcome is None
+
+
+def test_fanout_is_taken_in_for_all_instances_or_none(converse: Callable[..., Any]) -> None:
+    talk = converse(messages=2)
+    for name in "bc":
+        talk.offer("clock", name)
+    cast = talk.request(wire.CAST, wire.FANOUT)
+    talk.carry_back()
+    assert (cast.outcome, len(talk.inbox.taken)) == (REJECTED, 0)
+
+
+def test_refused_request_may_come_again_under_its_number(converse: Callable[..., Any]) -> None:
+    talk = converse(messages=1)
+    talk.request()
+    call, frame = talk.begin()
+    talk.carry(frame)
+    talk.answer(talk.moved[0])
+    talk.carry(frame)
+    assert [request.id for request in talk.moved] == [1, call.id], "refused is not taken"
+
+
+def test_addresses_are_remembered_within_a_limit(talk: Any) -> None:
+    for number in range(ADDRESSES_KEPT + 10):
+        talk.carry(talk.frame(number + 1, service=f"s{number}"))
+    assert 0 < len(talk.inbox._addresses) <= ADDRESSES_KEPT
+    talk.inbox.outgoing.clear()
+    talk.carry(talk.frame(2**32))
+    assert len(talk.moved) == 1
+
+
+# Bad frames ---------------------------------------------------------------------------------------
+
+
+def test_request_whose_frames_are_not_as_it_says_is_malformed(talk: Any) -> None:
+    head, body = talk.frame(1, body=bytes(wire.SECOND_FRAME_FROM))
+    talk.carry(head)
+    talk.carry((talk.frame(2), body))
+    talk.carry(talk.frame(3)[:20])
+    assert [wire.rejection(frame)[0] for _, frame in talk.inbox.outgoing] == ["malformed"] * 3
+    assert talk.inbox.counts["bad frames"] == 3
+    assert not talk.moved
+    talk.inbox.outgoing.clear()
+    talk.carry((head, body))
+    assert len(talk.moved) == 1, "its number was not used up"
+
+
+@pytest.mark.parametrize("kind", [wire.ACK, wire.REPLY, wire.ITEM, wire.PROGRESS, wire.REJECT, wire.PONG])
+def test_answer_to_a_server_is_a_bad_frame(talk: Any, kind: int) -> None:
+    talk.carry(wire.pack(kind, id=1))
+    assert talk.inbox.counts == {"bad frames": 1}
+
+
+# Duplicates ---------------------------------------------------------------------------------------
+
+
+def test_request_that_comes_again_while_it_runs_is_passed_over(talk: Any) -> None:
+    call, frame = talk.begin()
+    talk.carry(frame)
+    talk.carry(frame)
+    talk.carry_back()
+    assert (len(talk.moved), call.outcome) == (1, None)
+    assert talk.inbox.counts["duplicates"] == 1
+    talk.answer(talk.moved[0])
+    assert call.outcome == REPLIED
+
+
+def test_request_that_comes_again_after_its_reply_is_refused_and_does_not_run(talk: Any) -> None:
+    call, frame = talk.begin()
+    talk.carry(frame)
+    assert talk.inbox.finish(talk.moved[0])
+    talk.carry(frame)
+    talk.carry_back()
+    assert len(talk.moved) == 1
+    assert (call.outcome, call.body[0]) == (REJECTED, "duplicate")
+
+
+def test_cast_that_comes_again_is_acknowledged_again_and_does_not_run(talk: Any) -> None:
+    _, frame = talk.begin(wire.CAST)
+    talk.carry(frame)
+    talk.carry(frame)
+    assert [wire.header(frame).kind for _, frame in talk.inbox.outgoing] == [wire.ACK, wire.ACK]
+    assert len(talk.moved) == 1
+
+
+def test_cast_older_than_the_window_is_not_acknowledged(converse: Callable[..., Any]) -> None:
+    talk = converse(reach=10)
+    held_up, frame = talk.begin(wire.CAST)
+    for _ in range(20):
+        talk.request(wire.CAST)
+    talk.carry_back()
+    talk.carry(frame)
+    talk.carry_back()
+    assert (held_up.outcome, held_up.body[0]) == (REJECTED, "duplicate"), "it is unknown whether it came before"
+
+
+def test_number_zero_is_no_request(talk: Any) -> None:
+    talk.carry(talk.frame(0))
+    talk.carry(talk.frame(0, wire.CAST))
+    assert not talk.moved
+    assert [wire.rejection(frame)[0] for _, frame in talk.inbox.outgoing] == ["duplicate"] * 2
+
+
+def test_duplicate_is_known_over_a_new_connection(talk: Any) -> None:
+    _, frame = talk.begin(wire.CAST)
+    talk.carry(frame)
+    talk.lose()
+    talk.carry(hello_of(talk.caller.id), identity=b"\0new")
+    talk.carry(frame, identity=b"\0new")
+    assert len(talk.moved) == 1
+    assert talk.inbox.counts["duplicates"] == 1
+
+
+def test_two_senders_may_use_the_same_number(talk: Any) -> None:
+    talk.carry(hello_of(OTHER), identity=b"\0two")
+    talk.request()
+    talk.carry(talk.frame(1), identity=b"\0two")
+    assert [(request.id, request.node) for request in talk.moved] == [(1, talk.caller.id), (1, OTHER)]
+
+
+def test_window_outlives_its_last_connection_for_its_time_and_not_longer(talk: Any) -> None:
+    talk.request(now=5.0)
+    talk.inbox.gone(next(iter(talk.inbox.senders)))
+    talk.inbox.handle_timer(5.0 + WINDOW_KEPT)
+    assert talk.caller.id in talk.inbox._windows
+    talk.inbox.handle_timer(5.1 + WINDOW_KEPT)
+    assert talk.caller.id not in talk.inbox._windows
+
+
+def test_window_of_a_connection_that_stands_is_kept_however_silent(talk: Any) -> None:
+    talk.inbox.handle_timer(10 * WINDOW_KEPT)
+    assert talk.caller.id in talk.inbox._windows
+
+
+# Under way ----------------------------------------------------------------------------------------
+
+
+def test_credit_adds_up_and_tells_the_writer(talk: Any) -> None:
+    call = talk.request(flags=wire.STREAM)
+    [request] = talk.moved
+    assert request.granted == 0
+    for items in (2, 3):
+        talk.carry(wire.pack(wire.CREDIT, number=items, id=call.id))
+    assert request.granted == 5
+    assert talk.moved == [request] * 3
+
+
+def test_cancelled_request_must_not_run_and_is_counted_once(talk: Any) -> None:
+    call = talk.request()
+    assert talk.peer.calls.give_up(call)
+    for _ in range(2):
+        talk.carry(wire.pack(wire.CANCEL, id=call.id))
+    request = talk.moved[0]
+    assert request.cancelled
+    assert talk.inbox.expired(request, 0.0)
+    assert talk.inbox.counts == {"cancelled": 1}
+    talk.lose()
+    assert talk.inbox.counts == {"cancelled": 1}
+
+
+@pytest.mark.parametrize("kind", [wire.CREDIT, wire.CANCEL])
+def test_credit_and_cancel_that_met_the_reply_under_way_are_passed_over(talk: Any, kind: int) -> None:
+    call = talk.request()
+    talk.answer(talk.moved[0])
+    talk.carry(wire.pack(kind, number=1, id=call.id))
+    assert len(talk.moved) == 1
+    assert not talk.inbox.counts
+    assert not talk.inbox.outgoing
+
+
+def test_one_sender_cannot_cancel_what_another_sent(talk: Any) -> None:
+    talk.request()
+    talk.carry(hello_of(OTHER), identity=b"\0two")
+    talk.carry(wire.pack(wire.CANCEL, id=1), identity=b"\0two")
+    assert not talk.moved[0].cancelled
+
+
+def test_ping_is_answered_even_before_hello(strangers: Any) -> None:
+    strangers.carry(wire.pack(wire.PING, id=25))
+    [(_, frame)] = strangers.inbox.outgoing
+    assert (wire.header(frame).kind, wire.header(frame).id) == (wire.PONG, 25)
+
+
+def test_connection_that_ends_cancels_its_calls_and_keeps_its_casts(talk: Any) -> None:
+    talk.request()
+    talk.request(wire.CAST)
+    talk.carry(hello_of(OTHER), identity=b"\0two")
+    talk.carry(talk.frame(1), identity=b"\0two")
+    call, cast, other = talk.moved
+    assert talk.inbox.gone(b"\0conn") == [call]
+    assert (call.cancelled, cast.cancelled, other.cancelled) == (True, False, False)
+    assert talk.inbox.counts == {"cancelled": 1}
+    assert len(talk.inbox.taken) == 3, "their room is given back when they are dealt with"
+    assert talk.inbox.gone(b"\0conn") == []
+
+
+def test_caller_that_says_goodbye_is_gone(talk: Any) -> None:
+    talk.request()
+    talk.carry(wire.goodbye("leaving"))
+    assert talk.moved[0].cancelled
+    assert talk.moved[1] is talk.moved[0], "who runs it hears of it"
+    late = talk.request()
+    talk.carry_back()
+    assert late.body[0] == "hello first"
+
+
+def test_draining_server_says_goodbye_refuses_what_is_new_and_finishes_what_it_took(talk: Any) -> None:
+    taken = talk.request()
+    talk.inbox.drain("draining")
+    talk.carry_back()
+    assert talk.peer.state == "draining"
+    late = talk.request()
+    talk.carry_back()
+    assert (late.outcome, late.body[0]) == (REJECTED, "draining")
+    talk.answer(talk.moved[0])
+    assert taken.outcome == REPLIED
+
+
+# Time ---------------------------------------------------------------------------------------------
+
+
+def test_monitored_request_gets_a_heartbeat_each_half_interval_until_it_is_finished(talk: Any) -> None:
+    call = talk.request(now=0.0, monitor=4.0)
+    assert talk.inbox.timer() == 2.0
+    talk.inbox.handle_timer(1.9)
+    assert not talk.inbox.outgoing
+    for now in (2.0, 4.0):
+        talk.inbox.handle_timer(now)
+        talk.carry_back()
+    assert call.signs == 2
+    assert talk.inbox.timer() == 6.0
+    talk.answer(talk.moved[0])
+    assert talk.inbox.timer() is None
+    talk.inbox.handle_timer(100.0)
+    assert wire.PROGRESS not in {wire.header(frame).kind for _, frame in talk.inbox.outgoing}
+
+
+def test_heartbeats_end_with_the_connection(talk: Any) -> None:
+    talk.request(monitor=4.0)
+    talk.lose()
+    assert talk.inbox.timer() is None
+
+
+def test_request_without_monitor_gets_no_heartbeat(talk: Any) -> None:
+    talk.request()
+    assert talk.inbox.timer() is None
+
+
+def test_silent_connection_is_probed_and_the_caller_passes_it_over(talk: Any) -> None:
+    talk.inbox.handle_timer(SILENT_AFTER - 0.1)
+    assert not talk.inbox.outgoing
+    talk.inbox.handle_timer(SILENT_AFTER)
+    [(_, frame)] = talk.inbox.outgoing
+    assert (wire.header(frame).kind, wire.header(frame).id) == (wire.PING, 0)
+    assert talk.carry_back() == 0
+    talk.inbox.handle_timer(SILENT_AFTER + 1)
+    assert not talk.inbox.outgoing, "once in a while"
+
+
+def test_connection_that_sends_is_not_probed(talk: Any) -> None:
+    talk.request(now=50.0)
+    talk.inbox.handle_timer(SILENT_AFTER + 1)
+    assert not talk.inbox.outgoing
+
+
+# Everything together ------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["request", "cast", "fanout", "cancel", "finish", "lose", "hello", "timer"]), st.integers(1, 12)
+        ),
+        max_size=60,
+    )
+)
+def test_room_is_given_back_exactly_and_nothing_runs_twice_whatever_happens(steps: list[tuple[str, int]]) -> None:
+    inbox = Inbox(b"s" * 16, messages=6, reach=4)
+    for name in "ab":
+        inbox.offer("clock", name, [])
+    moved: list[Request] = []
+    clock = count()
+    section = wire.names("clock", "", "read")
+    for step, number in steps:
+        now = float(next(clock))
+        frame: wire.Frame | None = None
+        match step:
+            case "hello":
+                frame = hello_of(OTHER)
+            case "request":
+                frame = wire.request(wire.REQUEST, 0, number, 5.0, None, section, b"")
+            case "cast" | "fanout":
+                flags = wire.FANOUT if step == "fanout" else 0
+                frame = wire.request(wire.CAST, flags, number, 5.0, None, section, b"")
+            case "cancel":
+                frame = wire.pack(wire.CANCEL, id=number)
+            case "finish":
+                for request in list(inbox.taken)[:number]:
+                    assert inbox.finish(request)
+            case "lose":
+                inbox.gone(b"\0conn")
+            case "timer":
+                inbox.handle_timer(now)
+        if isinstance(frame, bytes):
+            inbox.receive(b"\0conn", frame, None, now, moved)
+        assert inbox.taken_bytes == sum(request.size for request in inbox.taken)
+        assert len(inbox.taken) <= 6
+    ran = {(request.node, request.id, id(request.target)) for request in moved}
+    assert len(ran) == len({id(request) for request in moved}), "a request that comes twice runs once at each instance"
+    for request in list(inbox.taken):
+        assert inbox.finish(request)
+    assert (inbox.taken_bytes, inbox._calls, inbox._beats) == (0, {}, {})
