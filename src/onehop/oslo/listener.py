@@ -60,18 +60,11 @@ class Request(base.RpcIncomingMessage):  # type: ignore[misc]
             incoming.done()
 
 
-class Notification(base.IncomingMessage):  # type: ignore[misc]
-    """One notification."""
-
-    def __init__(self, incoming: Incoming, ctxt: dict[str, Any], message: dict[str, Any]) -> None:
-        super().__init__(ctxt, message)
-        self._incoming = incoming
+class Notification(Request):
+    """One notification. oslo.messaging acknowledges it when it was handled, or requeues it."""
 
     def acknowledge(self) -> None:
         self._incoming.done()
-
-    def requeue(self) -> None:
-        self._incoming.requeue()
 
 
 def answer(incoming: Incoming, reply: Any, failure: payload.Failure | None) -> None:
@@ -95,20 +88,20 @@ def given_up(incoming: Incoming) -> bool:
 class PollListener(base.PollStyleListener):  # type: ignore[misc]
     """Batches of requests, or of notifications, from a node's listener."""
 
-    def __init__(self, listener: Listener, message: type[Request | Notification]) -> None:
+    def __init__(self, listener: Listener, message: type[Request]) -> None:
         super().__init__()
         self._listener = listener
         self._message = message
 
     def poll(
         self, timeout: float | None = None, batch_size: int | None = 1, batch_timeout: float | None = None
-    ) -> list[Request | Notification]:
+    ) -> list[Request]:
         """Wait for the first message, then up to ``batch_timeout`` seconds more for a full batch.
 
         After :meth:`stop` it never waits; it returns the rest, then an empty list.
         """
         wanted = batch_size or 1
-        batch: list[Request | Notification] = []
+        batch: list[Request] = []
         deadline = None if timeout is None else time.monotonic() + timeout
         while len(batch) < wanted:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -121,17 +114,13 @@ class PollListener(base.PollStyleListener):  # type: ignore[misc]
             batch += opened
         return batch
 
-    def _open(self, incoming: Incoming) -> Request | Notification | None:
-        if given_up(incoming):
-            return None
+    def _open(self, incoming: Incoming) -> Request | None:
         try:
             ctxt, message = payload.decode(incoming.body)
             if not isinstance(ctxt, dict) or not isinstance(message, dict):
                 raise ValueError("not a context and a message")
         except (ValueError, TypeError) as error:
-            LOG.error(
-                "A request of node %s to %s is not of oslo.messaging: %s", incoming.sender, incoming.service, error
-            )
+            LOG.error("A request of %s to %s is not of oslo.messaging: %s", incoming.sender, incoming.service, error)
             if incoming.kind == "call":
                 answer(incoming, None, sys.exc_info())  # type: ignore[arg-type]
             incoming.done()

@@ -104,12 +104,12 @@ def _plain_failure(failure: Failure) -> dict[str, Any]:
     return names | {"message": message, "tb": lines, "args": [message], "kwargs": {}}
 
 
-def rebuild_failure(text: str, allowed: list[str]) -> Exception:
+def rebuild_failure(text: str, allowed: list[str]) -> Any:
     """The exception of a failure that came in a reply, of its own class where its module is ``allowed``."""
     plain = jsonutils.loads(text)
     trace = plain.get("tb") or []
     try:
-        rebuilt: Exception = common.deserialize_remote_exception(text, allowed)
+        rebuilt = common.deserialize_remote_exception(text, allowed)
     except Exception:  # whatever the constructor of that class makes of the arguments
         return RemoteError(plain.get("class"), plain.get("message"), trace)
     if type(rebuilt).__module__ == "builtins":  # oslo.messaging put the traceback into the message: take it out again

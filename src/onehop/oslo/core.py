@@ -1,0 +1,277 @@
+"""One node for all transports of a process that agree in their settings, and what it holds for absent receivers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from onehop import Client, Node, errors
+from onehop.oslo import options
+
+LOG = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two attempts to send what was refused
+LOOK_AGAIN = 0.5  # the same for what is held; a receiver that appears is noticed at once
+QUIET = 10.0  # seconds between two log lines about dropped messages
+CLIENTS_KEPT = 1024
+
+
+class Address(NamedTuple):
+    """Whom a message is for: a service, and one server of it or, if empty, any."""
+
+    service: str
+    server: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.service} at {self.server}" if self.server else self.service
+
+
+class Sending(NamedTuple):
+    """A message on its way. ``attempts`` is None without a bound; ``until`` (monotonic) is how long it may be held."""
+
+    address: Address
+    method: str
+    body: bytes
+    attempts: int | None = None
+    mandatory: bool = False
+    everybody: bool = False
+    until: float = math.inf
+
+
+class Core:
+    """A node and its outbox.
+
+    Attributes:
+        users: transports that use it.
+        held: messages that wait for their receivers, the oldest first for each address.
+        dropped: messages given up so far: nobody took them in time, or there was no room.
+        unknown: messages of which nobody knows whether they were taken.
+    """
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.users = 0
+        self.held: dict[Address, deque[Sending]] = {}
+        self.dropped = 0
+        self.unknown = 0
+        self.options = given
+        names = ["realm", *(each.dest for each in options.NODE_OPTIONS)]
+        self.node = Node(**{name: given[name] for name in names if given[name] is not None})
+        self._clients: dict[tuple[Any, ...], Client] = {}
+        # Reentrant: a signal handler may send while the thread it interrupts is in here.
+        self._lock = threading.RLock()
+        self._wake: threading.Event | None = None
+        self._running = False
+        self._messages = self._bytes = 0
+        self._quiet_until = 0.0
+        self._unlogged = 0
+
+    # --- sending
+
+    def call(self, sending: Sending, timeout: float, monitor: float | None) -> Any:
+        """Call, waiting for a server as long as the timeout allows, unless attempts are counted.
+
+        Raises:
+            CallError: there is no reply; says whether the request may have run.
+        """
+        wait = math.inf if sending.attempts is None and not sending.mandatory else 0.0
+
+        def attempt(left: float) -> Any:
+            return self._client(sending.address, left, wait, monitor).call_raw(sending.method, sending.body)
+
+        return persist(attempt, timeout, sending.attempts)
+
+    def cast(self, sending: Sending, limit: float | None = None) -> None:
+        """Deliver to a receiver that is there, or hold the message.
+
+        Raises:
+            CallError: not delivered, where attempts are counted or delivery is mandatory.
+        """
+        may_hold = sending.attempts is None and not sending.mandatory
+        if may_hold and sending.address in self.held:
+            return self._hold(sending)  # behind those that came before
+        try:
+            persist(lambda left: self._send(sending, left), limit or self.options["cast_timeout"], sending.attempts)
+        except errors.CallError as error:
+            if not may_hold:
+                raise
+            if error.executed == "no":
+                return self._hold(sending)
+            self._doubt(sending, error)
+
+    def fanout(self, sending: Sending) -> None:
+        """Deliver to all receivers there are; those missed are logged."""
+        client = self._client(sending.address, self.options["cast_timeout"], 0.0)
+        for each in client.fanout_raw(sending.method, sending.body):
+            if each.outcome != "taken":
+                missed = f"{each.server} on {each.host}"
+                LOG.warning("%r to all of %s missed %s: %s", sending.method, sending.address, missed, each.reason)
+
+    def _send(self, sending: Sending, left: float) -> None:
+        """Try once. What is for everybody goes to each pool that listens now, and is delivered or held for each."""
+        service = sending.address.service
+        if not sending.everybody:
+            limit = min(left, self.options["cast_timeout"])
+            self._client(sending.address, limit, 0.0).cast_raw(sending.method, sending.body)
+        elif pools := sorted({view.server for view in self.node.servers(service)}):
+            for pool in pools:
+                self.cast(sending._replace(address=Address(service, pool), everybody=False))
+        else:
+            raise errors.NoRoute(f"nobody listens to {service}")
+
+    def _client(self, address: Address, timeout: float, ready: float, monitor: float | None = None) -> Client:
+        """A client, kept because the turn it takes among the servers is worth keeping."""
+        key = (address, timeout, ready, monitor)
+        client = self._clients.get(key)
+        if client is None:
+            if len(self._clients) >= CLIENTS_KEPT:
+                self._clients.clear()
+            client = self._clients[key] = self.node.client(
+                address.service, server=address.server, timeout=timeout, ready_timeout=ready, monitor=monitor
+            )
+        return client
+
+    # --- holding
+
+    def _hold(self, sending: Sending) -> None:
+        with self._lock:
+            messages, size = self._messages + 1, self._bytes + len(sending.body)
+            if messages > self.options["outbox_messages"] or size > self.options["outbox_bytes"]:
+                return self._drop(sending, f"{self._messages} messages of {self._bytes} bytes are held already")
+            self._messages, self._bytes = messages, size
+            self.held.setdefault(sending.address, deque()).append(sending)
+            start, self._running = not self._running, True
+        if start:
+            if self._wake is None:
+                self._wake = threading.Event()
+                self.node.on_change(self._wake.set)
+            threading.Thread(target=self._deliver_held, name="onehop-outbox", daemon=True).start()
+        return None
+
+    def _deliver_held(self) -> None:
+        assert self._wake is not None
+        while True:
+            self._wake.clear()
+            with contextlib.suppress(errors.OnehopError):  # the registry is away: look again
+                known = {(view.service, server) for view in self.node.servers() for server in (view.server, "")}
+                for address in list(self.held):
+                    while self._deliver_first(address, present=address in known):
+                        pass
+            with self._lock:
+                if not self.held:
+                    self._running = False
+                    return
+            self._wake.wait(random.uniform(0.5, 1.0) * LOOK_AGAIN)
+
+    def _deliver_first(self, address: Address, *, present: bool) -> bool:
+        """Try to send the oldest message for ``address``; whether that one is dealt with and there are more."""
+        queue = self.held.get(address)
+        if not queue:
+            return False
+        sending = queue[0]
+        left = sending.until - time.monotonic()
+        try:
+            if left <= 0:
+                raise errors.OnehopError("nobody took it in time")
+            if not present:
+                return False
+            self._send(sending, left)
+        except errors.CallError as error:
+            if error.executed == "no":
+                return False
+            self._doubt(sending, error)
+        except Exception as error:
+            self._drop(sending, str(error))
+        with self._lock:
+            if self.held.get(address) is queue:  # close() may have emptied everything meanwhile
+                queue.popleft()
+                self._messages -= 1
+                self._bytes -= len(sending.body)
+                if not queue:
+                    del self.held[address]
+            return bool(queue)
+
+    def _doubt(self, sending: Sending, error: Exception) -> None:
+        self.unknown += 1
+        LOG.error("%r to %s may be lost, and is not sent again: %s", sending.method, sending.address, error)
+
+    def _drop(self, sending: Sending, problem: str) -> None:
+        self.dropped += 1
+        self._unlogged += 1
+        if time.monotonic() >= self._quiet_until:
+            what = (sending.method, sending.address, problem)
+            LOG.error("Dropped %d messages, the last one %r to %s: %s", self._unlogged, *what)
+            self._quiet_until, self._unlogged = time.monotonic() + QUIET, 0
+
+    def close(self) -> None:
+        """Drop what is held, and close the node."""
+        with self._lock:
+            for sending in itertools.chain(*self.held.values()):
+                self._drop(sending, "the transport was cleaned up")
+            self.held.clear()
+            self._messages = self._bytes = 0
+        if self._wake is not None:
+            self._wake.set()
+        self.node.close()
+
+
+class Cores:
+    """The cores of this process by settings. A forked child starts with none, and leaves its parent's alone."""
+
+    def __init__(self) -> None:
+        self._start()
+        os.register_at_fork(after_in_child=self._start)
+
+    def _start(self) -> None:
+        self.process = os.getpid()
+        self._lock = threading.RLock()
+        self._table: dict[tuple[tuple[str, Any], ...], Core] = {}
+
+    def acquire(self, given: dict[str, Any]) -> Core:
+        key = tuple(sorted(given.items()))
+        with self._lock:
+            core = self._table.get(key) or self._table.setdefault(key, Core(given))
+            core.users += 1
+            return core
+
+    def release(self, core: Core) -> None:
+        with self._lock:
+            core.users -= 1
+            if core.users:
+                return
+            self._table = {key: each for key, each in self._table.items() if each is not core}
+        core.close()
+
+
+CORES = Cores()
+
+
+def persist(attempt: Callable[[float], Any], limit: float, attempts: int | None) -> Any:
+    """Try until it works, ``limit`` seconds are over or the ``attempts`` are used up (None: no bound).
+
+    Only what surely did not run is tried again. That nobody is there is final where attempts have no bound: the
+    attempt itself waited then, or is not meant to.
+    """
+    deadline = time.monotonic() + limit
+    left, pause = limit, FIRST_PAUSE
+    for number in itertools.count(1):
+        try:
+            return attempt(left)
+        except errors.CallError as error:
+            final = isinstance(error, errors.CallTimeout | errors.RemoteError) or error.executed != "no"
+            if final or number == attempts or (attempts is None and isinstance(error, errors.NoRoute)):
+                raise
+            pause = min(2 * pause, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+            left = deadline - time.monotonic() - pause
+            if left <= 0:
+                raise
+        time.sleep(pause)
+    return None
