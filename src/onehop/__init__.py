@@ -50,7 +50,6 @@ if TYPE_CHECKING:
         Gathered,
         Incoming,
         Listener,
-        Network,
         Node,
         Receipt,
         Server,
@@ -66,6 +65,7 @@ _LAZY = {
     "Record": "onehop.interfaces",
     "Settings": "onehop.settings",
     "method": "onehop.handlers",
+    "Network": "onehop.testing.memory",
     **dict.fromkeys(
         (
             "Call",
@@ -73,7 +73,6 @@ _LAZY = {
             "Gathered",
             "Incoming",
             "Listener",
-            "Network",
             "Node",
             "Receipt",
             "Server",

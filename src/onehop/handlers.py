@@ -18,8 +18,10 @@ from onehop.errors import BadArguments, DecodeError, EncodeError, NoSuchMethod, 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MARK = "__onehop_method__"
-TRACE_LIMIT = 16_384
-"""Characters of a remote traceback, at most; its end is kept."""
+TEXT_LIMIT = TRACE_LIMIT = 16_384
+"""Characters of a remote error's message, and of its traceback, of which the end is kept."""
+ERROR_LIMIT = 262_144
+"""Bytes of an error payload; beyond them the exception's arguments are left out."""
 
 
 class Marks(NamedTuple):
@@ -193,11 +195,12 @@ def failure(error: BaseException) -> bytes:
         detail = str(error)
     except Exception as broken:
         detail = f"<its message cannot be made: {broken!r}>"
-    parts = [kind, type(error).__qualname__, type(error).__module__, _text(detail), _text(trace)]
+    parts = [kind, type(error).__qualname__, type(error).__module__, _text(detail[:TEXT_LIMIT]), _text(trace)]
     try:
-        return payload.encode([*parts, list(error.args)])
+        body = payload.encode([*parts, list(error.args)])
     except EncodeError:
-        return payload.encode([*parts, None])
+        body = b""
+    return body if 0 < len(body) <= ERROR_LIMIT else payload.encode([*parts, None])
 
 
 def _text(text: str) -> str:

@@ -44,7 +44,6 @@ class Settings:
     max_message: int = _setting(8 * 1024 * 1024, "bytes of one message, at most")
     stream_credit: int = _setting(32, "items a stream's writer may be ahead of its reader")
     duplicate_window: int = _setting(4_096, "how far out of order a request may come and still be known as new")
-    node_record: bool = _setting(True, "announce this node in the registry when it serves")
 
     def __post_init__(self) -> None:
         for name in ("realm", "host"):

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from onehop.errors import WireError
 from onehop.protocol import wire
+from onehop.protocol.wire import Body
 
 # How a call ended, as the engine sees it.
 REPLIED = "replied"
@@ -25,6 +27,7 @@ REJECTED = "rejected"
 LOST = "lost"
 
 
+@dataclass(slots=True, eq=False)
 class Call:
     """One request under way.
 
@@ -43,25 +46,19 @@ class Call:
         waiter: the engine's; who is to be woken.
     """
 
-    __slots__ = (
-        "arrived", "body", "deadline", "given_up", "granted", "id", "items", "kind", "outcome", "sent", "signs", "size",
-        "waiter",
-    )  # fmt: skip
-
-    def __init__(self, kind: int, deadline: float | None = None, size: int = 0) -> None:
-        self.kind = kind
-        self.id = 0
-        self.granted = 0
-        self.arrived = 0
-        self.deadline = deadline
-        self.size = size
-        self.outcome: str | None = None
-        self.body: Any = None
-        self.items: deque[bytes | memoryview] | None = None
-        self.signs = 0
-        self.sent = False
-        self.given_up = False
-        self.waiter: Any = None
+    kind: int
+    deadline: float | None = None
+    size: int = 0
+    id: int = 0
+    outcome: str | None = None
+    body: Any = None
+    items: deque[Body] | None = None
+    granted: int = 0
+    arrived: int = 0
+    signs: int = 0
+    sent: bool = False
+    given_up: bool = False
+    waiter: Any = None
 
 
 class CallTable:
@@ -108,7 +105,7 @@ class CallTable:
         call.given_up = True
         return self.pending.pop(call.id, None) is not None
 
-    def receive(self, frame: bytes, body: bytes | memoryview | None, moved: list[Call]) -> None:
+    def receive(self, frame: bytes, body: Body | None, moved: list[Call]) -> None:
         """Take in one frame for calls (ACK and above); append to ``moved`` whoever has news.
 
         Args:

@@ -9,11 +9,12 @@ A request runs at most once: it carries its sender's node id (said in the hello)
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from onehop.errors import WireError
 from onehop.protocol import wire
-from onehop.protocol.wire import Frame, Hello
+from onehop.protocol.wire import Body, Frame, Hello
 
 Key = TypeVar("Key")
 
@@ -43,9 +44,10 @@ class Window:
         first: the lowest number to come.
     """
 
-    __slots__ = ("_highest", "_missing", "_reach", "seen")
+    __slots__ = ("_first", "_highest", "_missing", "_reach", "seen")
 
     def __init__(self, reach: int, first: int = 1) -> None:
+        self._first = first
         self._highest = first - 1
         self._missing: set[int] = set()
         self._reach = reach
@@ -56,7 +58,7 @@ class Window:
         if number == self._highest + 1:
             self._highest = number
             return NEW
-        floor = max(number, self._highest) - self._reach
+        floor = max(self._first, max(number, self._highest) - self._reach)
         if number > self._highest:
             self._missing.update(range(max(self._highest + 1, floor), number))
             self._highest = number
@@ -71,18 +73,17 @@ class Window:
         return AGAIN
 
 
+@dataclass(slots=True, eq=False)
 class Sender:
     """One connection that has said hello."""
 
-    __slots__ = ("heard", "host", "node", "window")
-
-    def __init__(self, node: bytes, host: str, window: Window, now: float) -> None:
-        self.node = node
-        self.host = host
-        self.window = window
-        self.heard = now
+    node: bytes
+    host: str
+    window: Window
+    heard: float
 
 
+@dataclass(slots=True, eq=False)
 class Request:
     """One request taken in, for one instance of a service.
 
@@ -98,55 +99,24 @@ class Request:
         waiter: the engine's; who waits for credit.
     """
 
-    __slots__ = (
-        "answered",
-        "body",
-        "cancelled",
-        "deadline",
-        "flags",
-        "granted",
-        "id",
-        "identity",
-        "kind",
-        "method",
-        "monitor",
-        "node",
-        "queued",
-        "server",
-        "service",
-        "size",
-        "target",
-        "waiter",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        identity: bytes,
-        head: wire.Header,
-        node: bytes,
-        names: tuple[str, str, str],
-        body: bytes | memoryview,
-        deadline: float | None,
-        monitor: float | None,
-        size: int,
-        target: Any,
-    ) -> None:
-        self.identity = identity
-        self.kind = head.kind
-        self.flags = head.flags
-        self.id = head.id
-        self.node = node
-        self.service, self.server, self.method = names
-        self.body = body
-        self.deadline = deadline
-        self.monitor = monitor
-        self.size = size
-        self.target = target
-        self.granted = 0
-        self.queued = False
-        self.cancelled = False
-        self.answered = False
-        self.waiter: Any = None
+    identity: bytes
+    kind: int
+    flags: int
+    id: int
+    node: bytes
+    service: str
+    server: str
+    method: str
+    body: Body
+    deadline: float | None
+    monitor: float | None
+    size: int
+    target: Any
+    granted: int = 0
+    queued: bool = False
+    cancelled: bool = False
+    answered: bool = False
+    waiter: Any = None
 
 
 class Inbox:
@@ -208,9 +178,7 @@ class Inbox:
 
     # What comes in --------------------------------------------------------------------------------
 
-    def receive(
-        self, identity: bytes, frame: bytes, body: bytes | memoryview | None, now: float, moved: list[Request]
-    ) -> None:
+    def receive(self, identity: bytes, frame: bytes, body: Body | None, now: float, moved: list[Request]) -> None:
         """Take in one message from the connection ``identity``.
 
         Appends to ``moved`` each request to be run, and each that has news (credit, cancellation). Answers that
@@ -255,13 +223,7 @@ class Inbox:
         self.outgoing.append((identity, wire.hello(self.answer, is_answer=True)))
 
     def _request(
-        self,
-        identity: bytes,
-        frame: bytes,
-        head: wire.Header,
-        body: bytes | memoryview | None,
-        now: float,
-        moved: list[Request],
+        self, identity: bytes, frame: bytes, head: wire.Header, body: Body | None, now: float, moved: list[Request]
     ) -> None:
         sender = self.senders.get(identity)
         if sender is None:
@@ -305,7 +267,9 @@ class Inbox:
                 targets.append(targets.pop(0))  # in turn
                 targets = targets[-1:]
             for target in targets:
-                request = Request(identity, head, sender.node, names, body, deadline, monitor, size, target)
+                request = Request(
+                    identity, head.kind, head.flags, head.id, sender.node, *names, body, deadline, monitor, size, target
+                )
                 self.taken[request] = None
                 self.taken_bytes += size
                 moved.append(request)

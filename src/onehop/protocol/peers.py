@@ -104,16 +104,16 @@ class PeerTable:
 
         A peer without a record is no route any more, but keeps its connection: what it took it may still answer.
         """
-        present: dict[bytes, None] = {}
-        changed = []
+        present: dict[bytes, RecordLike] = {}
         for record in records:
             try:
                 id = bytes.fromhex(record.node)
             except ValueError:
                 continue
-            if len(id) != 16 or not record.endpoints:
-                continue
-            present[id] = None
+            if len(id) == 16 and record.endpoints:
+                present[id] = record
+        changed = []
+        for id, record in present.items():
             peer = self.peers.get(id)
             if peer is None:
                 peer = self.peers[id] = Peer(id, None, self._highest + 1)

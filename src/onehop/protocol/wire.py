@@ -79,7 +79,8 @@ REASONS = (
 )
 REASON_NUMBERS = {word: number for number, word in enumerate(REASONS)}
 
-Frame = bytes | tuple[bytes, bytes | memoryview]
+Body = bytes | memoryview
+Frame = bytes | tuple[bytes, Body]
 """What is sent: one frame, or a header frame with a large body behind it."""
 
 
@@ -188,13 +189,7 @@ def split_names(section: bytes) -> tuple[str, str, str]:
 
 
 def request(
-    kind: int,
-    flags: int,
-    id: int,
-    remaining: float | None,
-    monitor: float | None,
-    section: bytes,
-    body: bytes | memoryview,
+    kind: int, flags: int, id: int, remaining: float | None, monitor: float | None, section: bytes, body: Body
 ) -> Frame:
     """A REQUEST or CAST (wire 3.2, 3.3).
 
@@ -232,7 +227,7 @@ def address(frame: bytes, head: Header) -> tuple[float | None, bytes, int]:
     return monitor, frame[at:end], end
 
 
-def answer(kind: int, flags: int, id: int, body: bytes | memoryview, load: int = 0, number: int = 0) -> Frame:
+def answer(kind: int, flags: int, id: int, body: Body, load: int = 0, number: int = 0) -> Frame:
     """A REPLY, ITEM or PROGRESS (wire 3.5 to 3.7); ``load`` is how many requests wait at the server."""
     if len(body) < SECOND_FRAME_FROM:
         return HEADER.pack(kind, flags, min(load, 0xFFFF), number, id) + body

@@ -1,7 +1,7 @@
 """The blocking face."""
 
 from onehop.sync.client import Call, Client, Gathered, Receipt, Stream
-from onehop.sync.node import Network, Node, ServerView
+from onehop.sync.node import Node, ServerView
 from onehop.sync.server import Incoming, Listener, Server, Serving, current
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Gathered",
     "Incoming",
     "Listener",
-    "Network",
     "Node",
     "Receipt",
     "Server",

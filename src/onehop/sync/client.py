@@ -302,10 +302,11 @@ class Stream(Iterator[Any]):
             seen = call.signs
             if items:
                 break
-            if call.outcome is not None or not link.wait(call, seen, self._attempt.until):
+            if call.outcome is not None or not link.wait(call, seen, self._attempt.patience()):
                 if items:
                     break
                 self._ended = True
+                self._attempt.seen = call.signs
                 self._engine.outcome(self._attempt)
                 if call.outcome is FAILED:
                     self._client._value(self._attempt)  # raises it

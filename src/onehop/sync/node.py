@@ -13,19 +13,18 @@ import weakref
 from collections.abc import Callable, Sequence
 from time import monotonic
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from onehop.errors import NodeClosed, SettingsError
-from onehop.interfaces import Record
+from onehop.interfaces import Record, Registry
 from onehop.registry import open_registry
 from onehop.registry.local import LocalRegistry
-from onehop.registry.memory import Records
 from onehop.settings import Settings, from_environment, revise
 from onehop.statistics import RELEASE, Statistics
 from onehop.sync.client import Client, Gathered, Receipt, Stream
 from onehop.sync.server import Listener, Server
+from onehop.transport.carrier import Carrier
 from onehop.transport.engine import Engine
-from onehop.transport.memory import MemoryCarrier
 from onehop.transport.sockets import ZmqCarrier
 
 _nodes: weakref.WeakSet[Node] = weakref.WeakSet()
@@ -45,17 +44,13 @@ class ServerView(NamedTuple):
     local: bool
 
 
-class Network:
-    """A network inside this process, for tests: nodes made with ``Node(network=network)`` know each other.
+class Network(Protocol):
+    """What carries messages in the place of ZeroMQ, with a registry of its own: ``onehop.testing.Network``."""
 
-    Attributes:
-        carrier: carries their messages, and can be cut.
-        records: their registry.
-    """
-
-    def __init__(self) -> None:
-        self.carrier = MemoryCarrier()
-        self.records = Records()
+    @property
+    def carrier(self) -> Carrier: ...
+    def registry(self) -> Registry: ...
+    def endpoint(self, node: bytes) -> str: ...
 
 
 class Node:
@@ -63,7 +58,7 @@ class Node:
 
     Args:
         settings: all of them; by default those of the environment (``ONEHOP_*``).
-        network: carries messages inside this process instead of over ZeroMQ, with a registry of its own: for tests.
+        network: carries messages instead of ZeroMQ, with a registry of its own; ``onehop.testing.Network()`` for tests.
         overrides: single settings by name, such as ``timeout=5.0``.
 
     Raises:
@@ -99,8 +94,8 @@ class Node:
 
     def _make(self) -> Engine:
         if self._network is not None:
-            carrier, records = self._network.carrier, self._network.records
-            return Engine(self.settings, carrier, records.registry(), carrier.endpoint, RELEASE)
+            network = self._network
+            return Engine(self.settings, network.carrier, network.registry(), network.endpoint, RELEASE)
         registry = open_registry(self.settings.registry, self.settings)
         local = registry if isinstance(registry, LocalRegistry) else LocalRegistry(self.settings)
 
@@ -244,7 +239,7 @@ class Node:
         """
         if self._engine is None:
             return True
-        return self._engine.drain(self.settings.drain_timeout if timeout is None else timeout)
+        return self._engine.drain(timeout)
 
     def close(self, *, drain: bool = False) -> None:
         """End everything now, or after a :meth:`drain`. A closed node stays closed. May be called twice.

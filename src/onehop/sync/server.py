@@ -81,6 +81,7 @@ class Server:
             return
         inherited_token = inherited.set(request.deadline)
         running_token = _running.set(request)
+        frame: wire.Frame | None
         try:
             method = self._methods.get(request.method)
             if method is None:
@@ -88,8 +89,9 @@ class Server:
             arguments, keywords = _arguments(request.body)
             result = method.invoke(arguments, keywords)
             if request.flags & wire.STREAM:
-                self._write(engine, request, result)
                 frame = wire.answer(wire.REPLY, wire.STREAM, request.id, b"\xc0")
+                if not self._write(engine, request, result):
+                    frame = None  # cut short: an end would read as if that had been all
             else:
                 if hasattr(result, "__next__"):
                     result = list(result)
@@ -105,8 +107,8 @@ class Server:
             inherited.reset(inherited_token)
         inbound.answer(request, frame if request.kind == wire.REQUEST else None)
 
-    def _write(self, engine: Engine, request: Request, result: Any) -> None:
-        """Send the items of a stream, never more of them than its reader asked for."""
+    def _write(self, engine: Engine, request: Request, result: Any) -> bool:
+        """Send the items of a stream, never more of them than its reader asked for; whether all were sent."""
         assert engine.inbound is not None
         if isinstance(result, (str, bytes, Mapping)) or not hasattr(result, "__iter__"):
             raise EncodeError(f"{request.method!r} returned {type(result).__name__}, which is not a stream; call it")
@@ -119,21 +121,22 @@ class Server:
                 body = _fitting(engine, item)
                 while request.granted <= sent:
                     if engine.expired(request) or engine.closed:
-                        return
+                        return False
                     acquire(lock, 1.0)
                 if engine.expired(request):
-                    return
+                    return False
                 frame = wire.answer(wire.ITEM, 0, request.id, body, number=sent & 0xFFFF_FFFF)
                 engine.inbound.answer(request, frame, last=False)
         finally:
             close = getattr(items, "close", None)
             if close is not None:
                 close()
+        return True
 
     def drain(self, timeout: float | None = None) -> bool:
         """Withdraw this instance and finish what it has taken; whether that was done within ``timeout`` seconds."""
         engine = self._engine
-        return engine is None or engine.drain(timeout or self._node.settings.drain_timeout, self._queue)
+        return engine is None or engine.drain(timeout, self._queue)
 
     def close(self) -> None:
         """Withdraw this instance; what it has taken is still finished in the background. May be called twice."""
@@ -300,8 +303,11 @@ class Listener:
         """:meth:`stop`, and refuse what was not polled. May be called twice."""
         self.stop()
         engine = self._engine
-        while engine is not None and engine.inbound is not None and self._queue.tasks:
-            request = self._queue.tasks.popleft()
+        while engine is not None and engine.inbound is not None:
+            try:
+                request = self._queue.tasks.popleft()
+            except IndexError:  # a poll may take the last one
+                return
             engine.inbound.refuse(request, "draining")
 
     def _after_fork(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from onehop.protocol.wire import Frame
+from onehop.protocol.wire import Body, Frame
 
 
 class Unreachable(Exception):
@@ -27,7 +27,7 @@ class LinkSocket(Protocol):
     def send(self, frame: Frame) -> bool:
         """Hand ``frame`` over; False when there is no room (or no connection) at the moment."""
 
-    def receive(self) -> tuple[bytes, bytes | memoryview | None] | None:
+    def receive(self) -> tuple[bytes, Body | None] | None:
         """The next message as (frame, large body or None); None when there is none. Never waits."""
 
     def readable(self) -> bool:
@@ -53,7 +53,7 @@ class InboundSocket(Protocol):
             Unreachable: the connection has ended.
         """
 
-    def receive(self) -> tuple[bytes, bytes, bytes | memoryview | None] | None:
+    def receive(self) -> tuple[bytes, bytes, Body | None] | None:
         """The next message as (identity, frame, large body or None); None when there is none. Never waits."""
 
     def readable(self) -> bool:

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from time import monotonic
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from onehop.errors import (
     CallError,
@@ -37,6 +37,7 @@ from onehop.protocol.inbox import Inbox, Request
 from onehop.protocol.node import NodeProtocol
 from onehop.protocol.peers import Peer
 from onehop.protocol.routes import Route, Routes, choose
+from onehop.protocol.wire import Body
 from onehop.settings import Settings
 from onehop.statistics import PeerStatistics, Statistics
 from onehop.transport.carrier import Carrier
@@ -55,6 +56,15 @@ BRIEF = 0.02
 TICK = 0.1
 SLOW_TICK = 0.5
 """Seconds between the housekeeping's rounds: while timers of served requests may be due, and otherwise."""
+
+
+class Offer(NamedTuple):
+    """One instance of one service that this node serves."""
+
+    service: str
+    server: str
+    queue: Queue
+    idempotent: tuple[str, ...]
 
 
 class Engine:
@@ -94,7 +104,7 @@ class Engine:
         self.outcomes: Counter[str] = Counter()
         self._endpoint = endpoint
         self._announcing = threading.RLock()
-        self._offers: list[tuple[str, str, Queue, tuple[str, ...]]] = []
+        self._offers: list[Offer] = []
         self._links: dict[bytes, Link] = {}
         self._ended_links: list[Link] = []
         self._listeners: list[Callable[[], None]] = []
@@ -233,9 +243,7 @@ class Engine:
 
     # Requests -------------------------------------------------------------------------------------
 
-    def request(
-        self, terms: Terms, kind: int, flags: int, method: str, body: bytes | memoryview, *, wait: bool = True
-    ) -> Attempt:
+    def request(self, terms: Terms, kind: int, flags: int, method: str, body: Body, *, wait: bool = True) -> Attempt:
         """Send a request to one server and (with ``wait``) wait for its outcome.
 
         Tries another server where one certainly did not run it, and (for idempotent methods) where it is unknown,
@@ -296,7 +304,7 @@ class Engine:
                 raise
             return attempt
 
-    def _check(self, terms: Terms, method: str, body: bytes | memoryview) -> float:
+    def _check(self, terms: Terms, method: str, body: Body) -> float:
         """The deadline of a request that begins now."""
         if self.closed:
             raise NodeClosed("this node is closed; make a new one")
@@ -316,7 +324,8 @@ class Engine:
             CallTimeout: its deadline came, or no sign of life for as long as its monitor allows.
             Rejected, PeerLost: it ended so.
         """
-        link, call, monitor = attempt.link, attempt.call, attempt.terms.monitor
+        link, call = attempt.link, attempt.call
+        monitor = attempt.terms.monitor if call.kind == wire.REQUEST else None
         if call.outcome is None:
             until = attempt.until
             if monitor is None:
@@ -389,7 +398,7 @@ class Engine:
             link.post(None, wire.pack(wire.CANCEL, id=call.id))
         return True
 
-    def scatter(self, terms: Terms, kind: int, flags: int, method: str, body: bytes | memoryview) -> list[Attempt]:
+    def scatter(self, terms: Terms, kind: int, flags: int, method: str, body: Body) -> list[Attempt]:
         """Send a request to every server known now, and wait for each one's outcome.
 
         Never raises for one of them: an attempt that did not end well holds its ``error``.
@@ -429,7 +438,7 @@ class Engine:
             attempt.seconds = monotonic() - attempt.started
         return everyone
 
-    def _post_to(self, attempt: Attempt, kind: int, flags: int, body: bytes | memoryview) -> None:
+    def _post_to(self, attempt: Attempt, kind: int, flags: int, body: Body) -> None:
         """Connect and send, without waiting for an outcome."""
         terms, route, until = attempt.terms, attempt.route, attempt.until
         link = attempt.link = self._connect(route.peer, until)
@@ -441,7 +450,8 @@ class Engine:
             frame: wire.Frame = wire.pack(wire.PING, id=id)
         else:
             section = terms.section(route.server, attempt.method)
-            frame = wire.request(kind, flags, id, until - monotonic(), None, section, body)
+            monitor = terms.monitor if kind == wire.REQUEST else None
+            frame = wire.request(kind, flags, id, until - monotonic(), monitor, section, body)
         if link.ended is not None and link.calls.give_up(call):
             raise attempt.not_sent()
         link.post(call, frame)
@@ -463,49 +473,41 @@ class Engine:
             if self.inbound is None:
                 endpoint = self._endpoint(self.protocol.id)
                 self.inbound = Inbound(self.carrier.bind(endpoint), self.protocol.inbox)
-            self.inbound.change(lambda inbox: inbox.offer(service, server, queue))
-            self._offers.append((service, server, queue, idempotent))
+            self.inbound.change(Inbox.offer, service, server, queue)
+            self._offers.append(Offer(service, server, queue, idempotent))
             if receiver:
                 self.inbound.start_receiver()
             try:
                 self._announce()
             except RegistryError:
-                self._forget_offer(queue)
+                self.withdraw(queue)
                 raise
-            self._keep()
+        self._keep()
 
     def withdraw(self, queue: Queue) -> None:
         """Take nothing more for ``queue``. What it has taken stays owed; polls return what is left."""
         with self._announcing:
-            if not any(offer[2] is queue for offer in self._offers):
-                return
-            remaining = [offer for offer in self._offers if offer[2] is not queue]
-            offers, self._offers = self._offers, remaining
-            if not self.closed:
-                self._announce()
-            self._offers = offers
-            self._forget_offer(queue)
+            mine = [offer for offer in self._offers if offer.queue is queue]
+            self._offers = [offer for offer in self._offers if offer.queue is not queue]
+            if mine and not self.closed:
+                self._announce()  # first, so that fewer ask in vain
+            for offer in mine:
+                if self.inbound is not None:
+                    self.inbound.change(Inbox.withdraw, offer.service, offer.server, queue)
         queue.stop()
         if self.inbound is not None:
             self.inbound.interrupt()
 
-    def _forget_offer(self, queue: Queue) -> None:
-        for service, server, each, _ in self._offers:
-            if each is queue and self.inbound is not None:
-                self.inbound.change(lambda inbox, s=service, n=server: inbox.withdraw(s, n, queue))  # type: ignore[misc]
-        self._offers = [offer for offer in self._offers if offer[2] is not queue]
-
     def _announce(self) -> None:
-        if not self._offers or not self.settings.node_record:
+        if not self._offers or self.inbound is None:
             self.registry.withdraw()
             return
         services: dict[str, tuple[str, ...]] = {}
         idempotent: dict[str, tuple[str, ...]] = {}
-        for service, server, _, methods in self._offers:
+        for service, server, _queue, methods in self._offers:
             services[service] = (*services.get(service, ()), server)
             if methods:
                 idempotent[service] = tuple(sorted({*idempotent.get(service, ()), *methods}))
-        assert self.inbound is not None
         self.registry.announce(
             Record(
                 node=self.protocol.id.hex(),
@@ -519,20 +521,20 @@ class Engine:
             )
         )
 
-    def drain(self, timeout: float, queue: Queue | None = None) -> bool:
+    def drain(self, timeout: float | None, queue: Queue | None = None) -> bool:
         """Take nothing more (at all, or for one queue) and wait until what was taken is answered.
 
         Returns:
-            Whether all was answered within ``timeout`` seconds.
+            Whether all was answered within ``timeout`` seconds (``drain_timeout`` where None).
         """
-        until = monotonic() + timeout
+        until = monotonic() + (self.settings.drain_timeout if timeout is None else timeout)
         if queue is not None:
             self.withdraw(queue)
         elif self.inbound is not None:
             with self._announcing:
                 self._draining = True
                 self.registry.withdraw()
-                self.inbound.change(lambda inbox: inbox.drain("draining"))
+                self.inbound.change(Inbox.drain, "draining")
         inbox = self.protocol.inbox
         pause = threading.Event()
         while True:
@@ -613,7 +615,6 @@ class Engine:
                 for peer in self.protocol.peers.peers.values()
             )
             outcomes = dict(self.outcomes)
-        queues = {id(queue): queue for _, _, queue, _ in self._offers}
         return Statistics(
             node=self.protocol.id.hex(),
             host=self.protocol.host,
@@ -622,7 +623,7 @@ class Engine:
             outcomes=outcomes,
             taken=len(inbox.taken),
             taken_bytes=inbox.taken_bytes,
-            waiting=sum(map(len, queues.values())),
+            waiting=sum(map(len, {offer.queue for offer in self._offers})),
             refused=dict(inbox.refused),
             received=dict(inbox.counts),
             dropped=dict(self.inbound.counts) if self.inbound is not None else {},
@@ -641,8 +642,8 @@ class Engine:
             self._links.clear()
         self.registry.close()
         self._wake.set()
-        for _service, _server, queue, _ in self._offers:
-            queue.stop()
+        for offer in self._offers:
+            offer.queue.stop()
         if self._keeper is not None and self._keeper is not threading.current_thread():
             self._keeper.join(5.0)
         for _id, link in links:

@@ -117,6 +117,8 @@ class Inbound:
         self._takers: dict[Any, Any] = {}
         self._out: deque[tuple[Request, Frame | None, bool]] = deque()
         self._wake = Wake(socket.fd)
+        self._inline: deque[Request] = deque()
+        self._running = new_lock()
         self._closing = False
         self._closed = False
 
@@ -138,10 +140,10 @@ class Inbound:
             self._inbox.refused[reason] += 1
         self.answer(request, wire.reject(request.id, reason) if request.kind == wire.REQUEST else None)
 
-    def change(self, action: Callable[[Inbox], None]) -> None:
-        """Do something to the inbox under its lock, and send what it wants sent."""
+    def change(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Do ``action(inbox, *arguments)`` under its lock, and send what it wants sent."""
         with self._lock:
-            action(self._inbox)
+            action(self._inbox, *arguments)
             if not self._closed:
                 self._send_outgoing([])
         self._turn()
@@ -219,9 +221,17 @@ class Inbound:
                 continue
             request.queued = True
             if request.method in request.target.inline:
-                request.target.run(request)
+                self._inline.append(request)
             elif not request.target.put(request) and not leading and request.target is self._leading_for:
                 self._wake.set()
+        # Not at once: the answer's own turn may bring in the next request, and so on without an end to the depth.
+        while self._inline and self._running.acquire(False):
+            try:
+                while self._inline:
+                    request = self._inline.popleft()
+                    request.target.run(request)
+            finally:
+                self._running.release()
 
     # Receiving ------------------------------------------------------------------------------------
 

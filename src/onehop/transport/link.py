@@ -130,12 +130,14 @@ class Link:
             cold: list[bytes] = []
             try:
                 sent = self._send()
-                self._drain(moved, cold)
+                more = self._drain(moved, cold)
             finally:
                 self._lock.release()
             self._complete(moved, None)
             if cold:
                 self._handle(cold)
+            if more:
+                self._wake.set()  # the edge was eaten: whoever leads, or will, must look
             if not sent:
                 # No room: who leads tries again soon (STUCK); our caller will wait, and so lead if nobody does.
                 if self._leader is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import count
 from time import monotonic
 
@@ -15,6 +17,12 @@ from onehop.settings import Settings
 from onehop.transport.link import Link
 
 
+def _somewhere() -> Iterator[int]:
+    """Numbers that grow, from a start of one's own: not everybody begins at the same server."""
+    return count(int.from_bytes(os.urandom(2), "big"))
+
+
+@dataclass(slots=True, eq=False)
 class Terms:
     """What a client asks for with each of its requests, and whose turn it is.
 
@@ -26,25 +34,14 @@ class Terms:
         idempotent: whether a request may be sent again after an unknown outcome; None asks the server's record.
     """
 
-    __slots__ = ("idempotent", "monitor", "ready_timeout", "sections", "server", "service", "timeout", "turns")
-
-    def __init__(
-        self,
-        service: str,
-        server: str,
-        timeout: float,
-        ready_timeout: float,
-        monitor: float | None,
-        idempotent: bool | None,
-    ) -> None:
-        self.service = service
-        self.server = server
-        self.timeout = timeout
-        self.ready_timeout = ready_timeout
-        self.monitor = monitor
-        self.idempotent = idempotent
-        self.turns = count(int.from_bytes(os.urandom(2), "big"))  # so that not everybody begins at the same
-        self.sections: dict[tuple[str, str], bytes] = {}
+    service: str
+    server: str
+    timeout: float
+    ready_timeout: float
+    monitor: float | None = None
+    idempotent: bool | None = None
+    turns: Iterator[int] = field(default_factory=_somewhere)
+    sections: dict[tuple[str, str], bytes] = field(default_factory=dict)
 
     def section(self, server: str, method: str) -> bytes:
         """The address of ``method`` at ``server``, made once."""
@@ -60,6 +57,7 @@ class Terms:
         return f"service {self.service!r}" + (f" at server {self.server!r}" if self.server else "")
 
 
+@dataclass(slots=True, eq=False)
 class Attempt:
     """One request on its way to an outcome, from one server to the next.
 
@@ -70,27 +68,26 @@ class Attempt:
         seen: signs of life at the last look; -1 before the first.
     """
 
-    __slots__ = (
-        "call", "error", "link", "method", "pause", "route", "seconds", "seen", "started", "terms", "tried", "until",
-    )  # fmt: skip
-
-    link: Link
-    call: Call
-    route: Route
-
-    def __init__(self, terms: Terms, method: str, until: float) -> None:
-        self.terms = terms
-        self.method = method
-        self.started = monotonic()
-        self.until = until
-        self.tried: list[Route] = []
-        self.error: CallError | None = None
-        self.pause = 0.05
-        self.seconds = 0.0
-        self.seen = -1
+    terms: Terms
+    method: str
+    until: float
+    started: float = field(default_factory=monotonic)
+    tried: list[Route] = field(default_factory=list)
+    error: CallError | None = None
+    pause: float = 0.05
+    seconds: float = 0.0
+    seen: int = -1
+    route: Route = field(init=False)
+    link: Link = field(init=False)
+    call: Call = field(init=False)
 
     def __str__(self) -> str:
         return f"{self.method!r} of {self.terms}: {name_of(self.route.peer)}"
+
+    def patience(self) -> float:
+        """Until when to wait for a sign of life."""
+        monitor = self.terms.monitor
+        return self.until if monitor is None else min(self.until, monotonic() + monitor)
 
     def window_full(self) -> Rejected:
         """There is no room for one more request to this peer."""

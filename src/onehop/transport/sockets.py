@@ -11,7 +11,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from onehop.errors import ResourceLimit, SettingsError
 from onehop.protocol import wire
-from onehop.protocol.wire import Frame
+from onehop.protocol.wire import Body, Frame
 from onehop.transport.carrier import Unreachable
 
 # Plain integers: arithmetic on zmq's enumerations costs a microsecond each time.
@@ -27,7 +27,9 @@ LINK_DESCRIPTORS = 5
 RESERVED_DESCRIPTORS = 64
 """Left to the program: no link is opened when fewer are free. Where none is, libzmq aborts the process, or spins."""
 
-COMMON_OPTIONS: tuple[tuple[int, int, str], ...] = (
+Options = tuple[tuple[int, int, str], ...]
+
+COMMON_OPTIONS: Options = (
     (zmq.LINGER, 0, "closing never waits by accident; who wants to wait drains first"),
     (zmq.MAXMSGSIZE, 64 * 1024 * 1024, "a header that promises gigabytes is refused before memory is taken"),
     (zmq.HANDSHAKE_IVL, 5_000, "a scanner or a hung peer holds a connection for 5 s, not 30"),
@@ -35,7 +37,7 @@ COMMON_OPTIONS: tuple[tuple[int, int, str], ...] = (
     (zmq.HEARTBEAT_TIMEOUT, 4_500, "and count the connection as ended after 4.5 s without an answer: 6.5 s in all"),
     (zmq.HEARTBEAT_TTL, 4_500, "so does the other side"),
 )
-LINK_OPTIONS: tuple[tuple[int, int, str], ...] = (
+LINK_OPTIONS: Options = (
     *COMMON_OPTIONS,
     (
         zmq.RECONNECT_IVL,
@@ -46,7 +48,7 @@ LINK_OPTIONS: tuple[tuple[int, int, str], ...] = (
     (zmq.SNDHWM, 8_192, "above the window of calls, which is the real bound; a second fence"),
     (zmq.RCVHWM, 8_192, "the same for replies"),
 )
-INBOUND_OPTIONS: tuple[tuple[int, int, str], ...] = (
+INBOUND_OPTIONS: Options = (
     *COMMON_OPTIONS,
     (zmq.ROUTER_MANDATORY, 1, "a reply to a connection that ended is an error, not a silent drop"),
     (zmq.ROUTER_HANDOVER, 0, "nobody takes over another's connection by its identity"),
@@ -80,42 +82,56 @@ def check_descriptors(wanted: int) -> None:
     )
 
 
-class _Link:
+class _Socket:
+    """What both ends share: the backend's methods (the public ones add a Python frame to each message)."""
+
+    def __init__(self, context: zmq.Context[Any], kind: int, options: Options) -> None:
+        try:
+            self._socket: zmq.Socket[bytes] = zmq.Socket(context, kind)
+        except zmq.ZMQError as error:
+            raise ResourceLimit(f"ZeroMQ gives no more sockets: {error}; raise the descriptor limit") from None
+        for option, value, _reason in options:
+            self._socket.set(option, value)
+        backend: Any = super(zmq.Socket, self._socket)
+        self._send, self._recv, self._get = backend.send, backend.recv, backend.get
+        self.fd = int(self._get(zmq.FD))
+
+    def _send_frame(self, frame: Frame) -> None:
+        if type(frame) is bytes:
+            self._send(frame, _NOWAIT)
+        else:
+            self._send(frame[0], _NOWAIT_MORE)
+            self._send(frame[1], _NOWAIT, False)
+
+    def readable(self) -> bool:
+        return bool(self._get(_EVENTS) & _POLLIN)
+
+
+class _Link(_Socket):
     """A DEALER connected to one peer, with its monitor."""
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        self._socket = socket = _create(context, zmq.DEALER, LINK_OPTIONS)
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _HANDSHAKE_FAILURES)
-        # The backend's methods: the public ones add a Python frame to each message.
-        backend: Any = super(zmq.Socket, socket)
-        self._send, self._recv, self._get = backend.send, backend.recv, backend.get
-        self.fd = int(socket.get(zmq.FD))
+        super().__init__(context, zmq.DEALER, LINK_OPTIONS)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _HANDSHAKE_FAILURES)
         self.monitor_fd = int(self._monitor.get(zmq.FD))
         self._ended: str | None = None
-        socket.connect(endpoint)
+        self._socket.connect(endpoint)
 
     def send(self, frame: Frame) -> bool:
         try:
-            if type(frame) is bytes:
-                self._send(frame, _NOWAIT)
-            else:
-                self._send(frame[0], _NOWAIT_MORE)
-                self._send(frame[1], _NOWAIT, False)
+            self._send_frame(frame)
         except zmq.Again:
             return False
         return True
 
-    def receive(self) -> tuple[bytes, bytes | memoryview | None] | None:
+    def receive(self) -> tuple[bytes, Body | None] | None:
         try:
             frame = self._recv(_NOWAIT)
-            if wire.has_second_frame(frame) and self._get(_RCVMORE):
-                return frame, self._recv(_NOWAIT, False).buffer
         except zmq.Again:
             return None
+        if wire.has_second_frame(frame) and self._get(_RCVMORE):
+            return frame, self._recv(_NOWAIT, False).buffer
         return frame, None
-
-    def readable(self) -> bool:
-        return bool(self._get(_EVENTS) & _POLLIN)
 
     def ended(self) -> str | None:
         while self._ended is None:
@@ -123,12 +139,8 @@ class _Link:
                 event = zmq.Event(parse_monitor_message(self._monitor.recv_multipart(_NOWAIT))["event"])
             except zmq.Again:
                 break
-            if event == zmq.Event.DISCONNECTED:
-                self._ended = "the connection ended"
-            elif event == zmq.Event.CLOSED:
-                self._ended = "nobody listens there"
-            else:
-                self._ended = f"the handshake failed ({event.name})"
+            known = {zmq.Event.DISCONNECTED: "the connection ended", zmq.Event.CLOSED: "nobody listens there"}
+            self._ended = known.get(event, f"the handshake failed ({event.name})")
         return self._ended
 
     def close(self) -> None:
@@ -137,18 +149,15 @@ class _Link:
         self._socket.close(0)
 
 
-class _Inbound:
+class _Inbound(_Socket):
     """A ROUTER bound to this node's endpoint."""
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        self._socket = socket = _create(context, zmq.ROUTER, INBOUND_OPTIONS)
-        backend: Any = super(zmq.Socket, socket)
-        self._send, self._recv, self._get = backend.send, backend.recv, backend.get
-        self.fd = int(socket.get(zmq.FD))
+        super().__init__(context, zmq.ROUTER, INBOUND_OPTIONS)
         try:
-            socket.bind(endpoint)
+            self._socket.bind(endpoint)
         except zmq.ZMQError as error:
-            socket.close(0)
+            self._socket.close(0)
             raise SettingsError(
                 f"cannot listen at {endpoint}: {error}; is the path writable and short enough?"
             ) from None
@@ -157,11 +166,7 @@ class _Inbound:
     def send(self, identity: bytes, frame: Frame) -> bool:
         try:
             self._send(identity, _NOWAIT_MORE)
-            if type(frame) is bytes:
-                self._send(frame, _NOWAIT)
-            else:
-                self._send(frame[0], _NOWAIT_MORE)
-                self._send(frame[1], _NOWAIT, False)
+            self._send_frame(frame)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -170,7 +175,7 @@ class _Inbound:
             raise
         return True
 
-    def receive(self) -> tuple[bytes, bytes, bytes | memoryview | None] | None:
+    def receive(self) -> tuple[bytes, bytes, Body | None] | None:
         try:
             identity = self._recv(_NOWAIT)
             frame = self._recv(_NOWAIT)
@@ -180,15 +185,11 @@ class _Inbound:
             return identity, frame, None
         # Asked of the socket, never of the frame: a lying header must not shift the border between messages, or the
         # next frame would be read as an identity, somebody else's perhaps.
-        rest = []
+        body = self._recv(_NOWAIT, False).buffer
         while self._get(_RCVMORE):
-            rest.append(self._recv(_NOWAIT, False))
-        if len(rest) > 1:
-            return identity, b"", None  # no message has three frames: refused by the core as too short
-        return identity, frame, rest[0].buffer
-
-    def readable(self) -> bool:
-        return bool(self._get(_EVENTS) & _POLLIN)
+            self._recv(_NOWAIT)
+            frame = b""  # no message has three frames: refused by the core as too short
+        return identity, frame, body
 
     def close(self, linger: float) -> None:
         self._socket.close(int(linger * 1000))
@@ -221,15 +222,3 @@ class ZmqCarrier:
             # still lets leave is waited for.
             self._context.destroy(linger=0)
             self._context = None
-
-
-def _create(context: zmq.Context[Any], kind: int, options: tuple[tuple[int, int, str], ...]) -> zmq.Socket[bytes]:
-    try:
-        socket: zmq.Socket[bytes] = zmq.Socket(context, kind)
-    except zmq.ZMQError as error:
-        raise ResourceLimit(
-            f"ZeroMQ gives no more sockets ({error}); close nodes or raise the descriptor limit"
-        ) from None
-    for option, value, _reason in options:
-        socket.set(option, value)
-    return socket

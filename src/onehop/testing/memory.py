@@ -1,8 +1,8 @@
-"""The carrier inside one process: no ZeroMQ, no files, and as strict as the wire.
+"""A network inside one process: no ZeroMQ, no files, and as strict as the wire.
 
-For tests, ours and users'. It keeps the same promises and withholds the same: bounded queues, bytes only, one
-direction at a time, an edge-triggered descriptor, loss of what is under way when a connection ends. The conformance
-suite holds it and ZeroMQ to the same rules.
+For tests, ours and users': ``Node(network=Network())``. It keeps the promises of a carrier and withholds the same:
+bounded queues, bytes only, an edge-triggered descriptor, loss of what is under way when a connection ends. The
+conformance suite holds it and ZeroMQ to the same rules.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from onehop.errors import SettingsError
-from onehop.protocol.wire import Frame
+from onehop.interfaces import Deliver, Record
+from onehop.protocol.wire import Body, Frame
 from onehop.transport.carrier import InboundSocket, LinkSocket, Unreachable
 
 HIGH_WATER = 8_192
@@ -98,7 +100,7 @@ class _MemoryLink(LinkSocket):
             inbound.edge.signal()
         return True
 
-    def receive(self) -> tuple[bytes, bytes | memoryview | None] | None:
+    def receive(self) -> tuple[bytes, Body | None] | None:
         with self._connection.lock:
             return self._connection.to_client.popleft() if self._connection.to_client else None
 
@@ -143,7 +145,7 @@ class _MemoryInbound(InboundSocket):
             connection.client_edge.signal()
         return True
 
-    def receive(self) -> tuple[bytes, bytes, bytes | memoryview | None] | None:
+    def receive(self) -> tuple[bytes, bytes, Body | None] | None:
         with self._lock:
             while self.messages:
                 connection, (head, body) = self.messages.popleft()
@@ -174,10 +176,6 @@ class MemoryCarrier:
         self._lock = threading.RLock()
         self._count = 0
 
-    def endpoint(self, node: bytes) -> str:
-        """Where the node of that id listens."""
-        return f"memory://{node.hex()}"
-
     def bind(self, endpoint: str) -> InboundSocket:
         with self._lock:
             if endpoint in self.sockets:
@@ -207,3 +205,90 @@ class MemoryCarrier:
             for connection in list(inbound.connections.values()):
                 connection.to_client.clear()
                 connection.end("the connection ended")
+
+
+class Records:
+    """The records that the registries of one network share."""
+
+    def __init__(self) -> None:
+        self._telling = threading.RLock()
+        self._members: list[MemoryRegistry] = []
+
+    def registry(self) -> MemoryRegistry:
+        """One node's view of these records."""
+        return MemoryRegistry(self)
+
+    def change(self, member: MemoryRegistry, action: Callable[[], None], *, stays: bool = True) -> None:
+        """Apply ``action`` for ``member`` and tell everybody who watches."""
+        with self._telling:
+            if stays and member not in self._members:
+                self._members.append(member)
+            before = self._view()
+            action()
+            view = self._view()
+            for each in list(self._members):
+                if each.deliver is not None and (view != before or each is member):
+                    each.deliver(view)
+            if not stays and member in self._members:
+                self._members.remove(member)
+
+    def _view(self) -> list[Record]:
+        records = [each.record for each in self._members if each.record is not None]
+        return sorted(records, key=lambda record: record.node)
+
+
+class MemoryRegistry:
+    """See :class:`onehop.interfaces.Registry`."""
+
+    def __init__(self, records: Records) -> None:
+        self.record: Record | None = None
+        self.deliver: Deliver | None = None
+        self._records = records
+
+    def _hold(self, record: Record | None) -> None:
+        self.record = record
+
+    def announce(self, record: Record) -> None:
+        self._records.change(self, lambda: self._hold(record))
+
+    def withdraw(self) -> None:
+        if self.record is not None:
+            self._records.change(self, lambda: self._hold(None))
+
+    def watch(self, deliver: Deliver) -> None:
+        def begin() -> None:
+            self.deliver = deliver
+
+        self._records.change(self, begin)
+
+    def refresh(self) -> None:
+        """Nothing: every change is told at once."""
+
+    def close(self) -> None:
+        self.deliver = None
+        self._records.change(self, lambda: self._hold(None), stays=False)
+
+    def forget(self) -> None:
+        self.deliver = None
+        self.record = None
+
+
+class Network:
+    """A network inside this process: nodes made with ``Node(network=network)`` know each other, and nobody else.
+
+    Attributes:
+        carrier: carries their messages, and can be cut.
+        records: what their registries share.
+    """
+
+    def __init__(self) -> None:
+        self.carrier = MemoryCarrier()
+        self.records = Records()
+
+    def registry(self) -> MemoryRegistry:
+        """One node's view of the records."""
+        return self.records.registry()
+
+    def endpoint(self, node: bytes) -> str:
+        """Where the node of that id listens."""
+        return f"memory://{node.hex()}"
