@@ -16,7 +16,7 @@ from rich.table import Table
 from onehop import CallError, CallTimeout, Node, NoRoute, OnehopError, RemoteError, SettingsError
 
 OK, FAILED, USAGE, NOBODY, TIMEOUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
-WIDTH_OF_A_FILE = 140
+WIDTH_OF_A_FILE = 160
 """Columns of tables that do not go to a terminal."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]

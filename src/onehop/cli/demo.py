@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -22,6 +23,7 @@ import typer
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from onehop import OnehopError, SettingsError
 from onehop.cli.console import FAILED, AsJson, complain, out, print_json, print_table
@@ -197,6 +199,7 @@ class Cluster:
             from onehop.cli import demo_roles
 
         self.url, self.rate = url, rate
+        self.shown_url = re.sub("//[^/@]*@", "//", url)  # without its password
         self.name = secrets.token_hex(3)
         self.directory = Path(tempfile.mkdtemp(prefix="oh-demo-", dir="/tmp"))  # sockets need short paths
         self.children: list[Child] = []
@@ -224,7 +227,7 @@ class Cluster:
         for child in self.children:
             if child.state == "starting" and (child.process.poll() is not None or time.monotonic() > until):
                 how = "ended" if child.process.returncode is not None else f"was not ready after {START_LIMIT:.0f} s"
-                raise OnehopError(f"{child.host} {how} when it was started over {self.url}: {child.last_words()}")
+                raise OnehopError(f"{child.host} {how} when it was started over {self.shown_url}: {child.last_words()}")
 
     def child(self, host: str) -> Child:
         """The latest process of ``host``."""
@@ -262,7 +265,7 @@ def run(cluster: Cluster, seconds: float, show: Show) -> dict[str, Any]:
     """One run: start, load, kill, restart, settle, stop; returns its report."""
     conductor, compute = VICTIMS
     begun = time.monotonic()
-    show.event(f"starting {len(cluster._hosts) + 1} processes over {cluster.url}")
+    show.event(f"starting {len(cluster._hosts) + 1} processes over {cluster.shown_url}")
     cluster.start()
     started = time.monotonic()
     show.event(f"all are ready after {started - begun:.1f} s; {cluster.rate:g} actions a second for {seconds:g} s")
@@ -344,7 +347,7 @@ def report(cluster: Cluster, load_seconds: float, cpu: float, seconds: float) ->
             "back_after_seconds": None if outage.ended == float("inf") else round(outage.ended - outage.began, 2),
         })  # fmt: skip
     return {
-        "url": cluster.url,
+        "url": cluster.shown_url,
         "seconds": round(seconds, 1),
         "processes": len(cluster.children),
         "ledger": {line.verb: dict(list(line._asdict().items())[1:]) for line in lines},
@@ -393,7 +396,7 @@ class Lines(Show):
         if time.monotonic() - self._last >= PLAIN_LOOK:
             self._last = time.monotonic()
             self.event("; ".join(
-                f"{line.verb}: {line.sent} sent, {line.answered} answered, {line.unknown} open or unknown"
+                f"{NAMES[line.verb]} {line.sent} sent, {line.answered} answered"
                 for line in self._cluster.ledger.lines(self._cluster.outages)
             ))  # fmt: skip
 
@@ -426,7 +429,7 @@ class Screen(Show):
                 child.host, str(child.pid), child.state, str(ledger.sent_by[child.pid]), str(ledger.ran_at[child.host]),
                 f"{child.cpu:.2f}", style=style,
             )  # fmt: skip
-        self._live.update(Group(processes, ledger_table(self._cluster), *self._events), refresh=True)
+        self._live.update(Group(processes, ledger_table(self._cluster), *map(Text, self._events)), refresh=True)
 
 
 NAMES = {"call": "calls", "long": "long calls", "cast": "casts", "fanout": "fan-out copies"}
@@ -490,7 +493,7 @@ def side_by_side(reports: list[dict[str, Any]]) -> None:
     row("messages/s", lambda each: each["messages_per_second"])
     row("CPU ms per message, without the broker", lambda each: each["cpu_ms_per_message"])
     row("ledger adds up", lambda each: "no" if each["problems"] else "yes")
-    print_table(("", *(each["url"].split("@")[-1] for each in reports)), rows)
+    print_table(("", *(each["url"] for each in reports)), rows)
     for each in reports:
         print_problems(each)
 
@@ -499,6 +502,6 @@ def print_problems(found: dict[str, Any]) -> None:
     """The first ways in which a ledger does not add up."""
     problems = found["problems"]
     if problems:
-        print(f"The ledger of {found['url'].split('@')[-1]} does not add up, in {len(problems)} ways:")
+        print(f"The ledger of {found['url']} does not add up, in {len(problems)} ways:")
     for problem in problems[:PROBLEMS_SHOWN]:
         print(f"  {problem}")

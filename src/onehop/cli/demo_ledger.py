@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 VERBS = ("call", "long", "cast", "fanout")
 CALLS = ("call", "long")
-ANSWERED, RAISED, REFUSED, UNKNOWN = "answered", "raised", "refused", "unknown"
+OUTCOMES = ANSWERED, RAISED, REFUSED, UNKNOWN = "answered", "raised", "refused", "unknown"
 BEFORE_A_KILL, AFTER_A_KILL = 1.0, 0.5
 """Seconds around a kill in which a message may have been in the hands of the process that was killed."""
 GRACE = 2.0
@@ -195,9 +195,13 @@ class Ledger:
                 found.append(
                     f"{where} ended after {entry.ended - entry.sent:.1f} s; {self._call_timeout:g} are allowed"
                 )
+            elif entry.outcome not in OUTCOMES:
+                found.append(f"{where} could not be sent: {entry.outcome}")
             if entry.verb in CALLS:
                 if entry.outcome in (ANSWERED, RAISED) and not entry.ran:
                     found.append(f"{where} was answered and nobody ran it")
+                if entry.outcome == UNKNOWN and not any(self._may_be_with(entry, each, entry.host) for each in outages):
+                    found.append(f"{where} has an unknown outcome though nobody was killed")
                 if entry.outcome == REFUSED and entry.ran:
                     found.append(f"{where} was said not to have run, and {entry.ran[0]} ran it")
             elif entry.outcome == ANSWERED:
@@ -212,8 +216,8 @@ class Ledger:
         """Whether ``entry``, sent to ``host`` (or to any of its topic), may have been with the killed process."""
         service = outage.host.partition("-")[0]
         addressed = host == outage.host or (host in ("", entry.topic) and entry.topic.startswith(service))
-        # A fan-out goes to those who are there: the killed one is missed until it is back.
-        until = outage.ended if entry.verb == "fanout" else outage.began
+        # A fan-out goes to those who are there, and a call to the one who is away waits for it.
+        until = outage.ended if entry.verb == "fanout" or (entry.verb in CALLS and entry.host) else outage.began
         overlaps = entry.sent <= until + AFTER_A_KILL and max(entry.sent, entry.ended) >= outage.began - BEFORE_A_KILL
         return addressed and overlaps
 

@@ -95,13 +95,17 @@ def target(topic: str, prefix: str, host: str | None = None) -> Any:
 
 
 def outcome_of(error: Exception) -> str:
-    """The word of the ledger for what oslo.messaging raised."""
+    """The word of the ledger for what oslo.messaging raised; of what it should not raise, the text."""
     if isinstance(error, InstanceNotFound | oslo_messaging.RemoteError):
         return RAISED
     # A driver that knows that the server did not run it says so in the error's cause.
     surely_not = getattr(error.__cause__, "executed", "unknown") == "no"
     undelivered = isinstance(error, oslo_messaging.MessageDeliveryFailure | oslo_messaging.MessageUndeliverable)
-    return REFUSED if surely_not or undelivered else UNKNOWN
+    if surely_not or undelivered:
+        return REFUSED
+    if isinstance(error, oslo_messaging.MessagingException):
+        return UNKNOWN
+    return f"{type(error).__name__}: {error}".replace("\t", " ").replace("\n", " ")
 
 
 class Endpoint:
@@ -267,7 +271,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo itself, which then closes our input
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
 
-    conf = cfg.ConfigOpts()
+    conf = cfg.CONF  # like a service: the other drivers expect options that oslo.messaging registers there only
     conf([], project="onehop-demo")
     transport = oslo_messaging.get_rpc_transport(conf, url=given.url, allowed_remote_exmods=[THIS_MODULE])
     ledger = Writer(given.directory, given.host)
