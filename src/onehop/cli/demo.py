@@ -211,7 +211,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.stop(0.5)  # they have ended, unless this is an error or Ctrl-C
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def start(self) -> None:
@@ -252,11 +252,11 @@ class Cluster:
             if outage.ended == float("inf") and self.child(outage.host).state == "up":
                 self.outages[place] = outage._replace(ended=time.monotonic())
 
-    def stop(self) -> None:
-        """End every process that runs."""
+    def stop(self, limit: float = STOP_LIMIT) -> None:
+        """End every process that runs, in order if it does so within ``limit`` seconds."""
         for child in self.children:
             child.close_input()
-        until = time.monotonic() + STOP_LIMIT
+        until = time.monotonic() + limit
         for child in self.children:
             child.end(until - time.monotonic())
 

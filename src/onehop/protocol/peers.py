@@ -146,8 +146,9 @@ class PeerTable:
             peer.calls = CallTable(peer.numbers, messages=old.messages, large_bytes=old.large_bytes)
             peer.calls.last, peer.calls.late = old.last, old.late
         if peer.state == GONE:
-            # Its window knows our numbers for a while: should it return under this id, they must go on above them.
-            self._highest = max(self._highest, peer.calls.last)
+            # Its window knows our numbers for a while: should it return under this id, they must go on above them,
+            # and above those that threads are drawing from the old table at this moment.
+            self._highest = max(self._highest, peer.calls.last + peer.calls.messages)
             self.peers.pop(peer.id, None)
         return True
 

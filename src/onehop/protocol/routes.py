@@ -48,8 +48,9 @@ class Routes:
             return routes
         named = self._by_server.get((service, server))
         if named is None:
-            # Filled as it is asked for: most services are never addressed by server.
-            named = self._by_server[service, server] = tuple(route for route in routes if route.server == server)
+            named = tuple(route for route in routes if route.server == server)
+            if named:  # kept as it is asked for: most services are never addressed by server
+                self._by_server[service, server] = named
         return named
 
     def distinct(self, service: str, server: str = "") -> tuple[Route, ...]:
