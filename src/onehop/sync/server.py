@@ -96,7 +96,7 @@ class Server:
                 if hasattr(result, "__next__"):
                     result = list(result)
                 frame = wire.answer(wire.REPLY, 0, request.id, _fitting(engine, result), len(self._queue))
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: it is the handler's doing, and its caller waits
             frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(self._queue))
             if request.kind == wire.CAST:
                 # Nobody waits for it, so nobody else would ever know.

@@ -9,6 +9,7 @@ routes), a link's or the inbound socket's own. Nobody waits for the network whil
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import Counter, deque
@@ -41,10 +42,12 @@ from onehop.protocol.wire import Body
 from onehop.settings import Settings
 from onehop.statistics import PeerStatistics, Statistics
 from onehop.transport.carrier import Carrier
-from onehop.transport.inbound import Inbound, Queue
+from onehop.transport.inbound import FOREVER, Inbound, Queue
 from onehop.transport.link import Link
 from onehop.transport.requests import Attempt, Terms, name_of
 from onehop.transport.waiting import Wake, acquire, poll, start_thread
+
+log = logging.getLogger("onehop")
 
 inherited: ContextVar[float | None] = ContextVar("onehop_deadline", default=None)
 """The deadline of the request that the running handler serves; calls made in it end no later."""
@@ -55,7 +58,7 @@ BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
 TICK = 0.1
 SLOW_TICK = 0.5
-"""Seconds between the housekeeping's rounds: while timers of served requests may be due, and otherwise."""
+"""Seconds between the housekeeping's rounds: where it also receives when nobody else does, and otherwise."""
 
 
 class Offer(NamedTuple):
@@ -264,7 +267,7 @@ class Engine:
                 route = choose(routes, next(terms.turns))
             else:
                 route = self._find(attempt)
-            attempt.route = route
+            attempt.route, attempt.record = route, route.peer.record
             link: Link = route.peer.link
             if link is None or not link.ready:
                 try:
@@ -373,10 +376,10 @@ class Engine:
 
     def _again(self, attempt: Attempt, error: CallError) -> None:
         """Note that the route failed; returns if the request may go to another, raises ``error`` if not."""
-        terms, route = attempt.terms, attempt.route
-        attempt.tried.append(route)
+        terms = attempt.terms
+        attempt.tried.append(attempt.route)
         attempt.error = error
-        record, idempotent = route.peer.record, terms.idempotent
+        record, idempotent = attempt.record, terms.idempotent
         if idempotent is None:
             idempotent = record is not None and attempt.method in record.idempotent.get(terms.service, ())
         safe = error.executed == "no" or (idempotent and error.executed == "unknown")
@@ -472,7 +475,7 @@ class Engine:
                 raise NodeClosed("this node is closed or draining; make a new one to serve")
             if self.inbound is None:
                 endpoint = self._endpoint(self.protocol.id)
-                self.inbound = Inbound(self.carrier.bind(endpoint), self.protocol.inbox)
+                self.inbound = Inbound(self.carrier.bind(endpoint), self.protocol.inbox, self._wake.set)
             self.inbound.change(Inbox.offer, service, server, queue)
             self._offers.append(Offer(service, server, queue, idempotent))
             if receiver:
@@ -562,15 +565,18 @@ class Engine:
                 ended, self._ended_links = self._ended_links, []
             for link in ended:
                 link.close()
-            busy = self.inbound is not None and (
-                not self.inbound.has_receiver or self.protocol.inbox.timer() is not None
-            )
             monitors = [link.socket.monitor_fd for _, link in links if link.ended is None]
-            if poll([self._wake.fd, *monitors], TICK if busy else SLOW_TICK) and self._wake.fd >= 0:
+            alone = self.inbound is not None and not self.inbound.has_receiver
+            due = self.protocol.inbox.timer()
+            pause = min(TICK if alone else SLOW_TICK, FOREVER if due is None else due - monotonic())
+            if poll([self._wake.fd, *monitors], pause):
                 self._wake.wait(0)
             if self.closed:
                 return
-            self._look(links, monotonic())
+            try:
+                self._look(links, monotonic())
+            except Exception:
+                log.exception("the housekeeping of node %s met an error; it goes on", self.protocol.id.hex())
 
     def _look(self, links: list[tuple[bytes, Link]], now: float) -> None:
         for id, link in links:
@@ -651,9 +657,8 @@ class Engine:
             link.close()
         for link in self._ended_links:
             link.close()
-        if self.inbound is not None:
-            self.inbound.close(linger)
-        self.carrier.close()
+        if self.inbound is None or self.inbound.close(linger):
+            self.carrier.close()
 
     def expired(self, request: Request) -> bool:
         """Whether ``request`` must not be run any more."""

@@ -21,9 +21,9 @@ from onehop.transport.carrier import InboundSocket, Unreachable
 from onehop.transport.waiting import Wake, acquire, new_lock, release, start_thread
 
 BATCH = 64
-IDLE_WORKER = 30.0
-"""Seconds after which a worker without work ends."""
 FOREVER = float("inf")
+PATIENCE = 2.0
+"""Seconds that closing waits for the thread that receives."""
 
 
 class Queue:
@@ -45,8 +45,8 @@ class Queue:
         self.run = run
         self.inline = inline
         self._workers = workers
-        self._threads: list[Any] = []
-        self._spawning = new_lock()
+        self._started = 0
+        self._starting = new_lock()
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -54,25 +54,37 @@ class Queue:
     def put(self, request: Request) -> bool:
         """Add a request and wake one who waits for it; False where nobody did."""
         self.tasks.append(request)
-        while self.idle:
-            try:
-                lock = self.idle.pop()
-            except IndexError:
-                break
-            release(lock)
+        if self._wake_one():
             return True
-        if len(self._threads) < self._workers:
-            with self._spawning:
-                self._threads = [thread for thread in self._threads if thread.is_alive()]
-                if len(self._threads) < self._workers:
-                    self._threads.append(start_thread("onehop-worker", self._work))
+        if self._started < self._workers:
+            with self._starting:
+                if self._started < self._workers:
+                    self._started += 1
+                    start_thread("onehop-worker", self._work)
         return False
 
     def stop(self) -> None:
         """Nothing more will come: workers end when the queue is empty, polls return."""
         self.stopped = True
-        while self.idle:
+        while self._wake_one():
+            pass
+
+    def _wake_one(self) -> bool:
+        try:
             release(self.idle.pop())
+        except IndexError:
+            return False
+        return True
+
+    def wait(self, lock: Any, seconds: float) -> None:
+        """Sleep on ``lock`` (which the caller holds) until woken, unless there is something to do already."""
+        self.idle.append(lock)
+        if not self.tasks and not self.stopped:  # looked at after the lock can be found
+            acquire(lock, seconds)
+        try:
+            self.idle.remove(lock)
+        except ValueError:
+            acquire(lock, 0)  # it was taken out to wake us: take the wake-up too
 
     def _work(self) -> None:
         assert self.run is not None
@@ -84,18 +96,9 @@ class Queue:
             except IndexError:
                 if self.stopped:
                     return
-                self.idle.append(lock)
-                # A request may have come before the lock was in the list: look again, then sleep.
-                if (self.tasks or self.stopped) or not acquire(lock, IDLE_WORKER):
-                    try:
-                        self.idle.remove(lock)
-                    except ValueError:
-                        acquire(lock, 0)  # somebody took it out to wake us
-                    else:
-                        if not self.tasks and not self.stopped:
-                            return
-                continue
-            self.run(request)
+                self.wait(lock, FOREVER)
+            else:
+                self.run(request)
 
 
 class Inbound:
@@ -104,13 +107,15 @@ class Inbound:
     Args:
         socket: the carrier's end.
         inbox: what decides; touched only under this object's lock.
+        monitored: called when a request came in whose caller wants signs of life: a timer may be due earlier.
     """
 
-    def __init__(self, socket: InboundSocket, inbox: Inbox) -> None:
+    def __init__(self, socket: InboundSocket, inbox: Inbox, monitored: Callable[[], None]) -> None:
         self.socket = socket
         self.counts: Counter[str] = Counter()
         self.has_receiver = False
         self._inbox = inbox
+        self._monitored = monitored
         self._lock = new_lock()
         self._lead = new_lock()
         self._leading_for: Queue | None = None
@@ -220,6 +225,8 @@ class Inbound:
                     release(request.waiter)
                 continue
             request.queued = True
+            if request.monitor is not None:
+                self._monitored()
             if request.method in request.target.inline:
                 self._inline.append(request)
             elif not request.target.put(request) and not leading and request.target is self._leading_for:
@@ -280,13 +287,8 @@ class Inbound:
                     finally:
                         self._lead.release()
                     continue
-                queue.idle.append(lock)
-                if not queue.tasks and not queue.stopped and self._lead.locked():
-                    acquire(lock, until - monotonic())
-                try:
-                    queue.idle.remove(lock)
-                except ValueError:
-                    acquire(lock, 0)
+                # Whoever leads wakes us when it leaves: we are among the takers.
+                queue.wait(lock, until - monotonic())
         finally:
             del self._takers[lock]
             if self._takers and not self._lead.locked():
@@ -324,11 +326,18 @@ class Inbound:
         finally:
             self._leading_for = None
 
-    def close(self, linger: float) -> None:
-        """Stop receiving and give the socket back; what was answered may leave for ``linger`` seconds."""
+    def close(self, linger: float) -> bool:
+        """Stop receiving and give the socket back; what was answered may leave for ``linger`` seconds.
+
+        Returns:
+            Whether the socket could be given back.
+        """
         self._closing = True
         self._wake.set()
-        with self._lead, self._lock:
+        if not acquire(self._lead, PATIENCE):
+            return False  # an inline handler hangs: the socket stays with the thread that has it
+        with self._lock:
             self._send([])
             self._closed = True
             self.socket.close(linger)
+        return True

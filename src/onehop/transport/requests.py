@@ -11,7 +11,7 @@ from time import monotonic
 from onehop.errors import CallError, CallTimeout, NoRoute, PeerLost, Rejected
 from onehop.protocol import wire
 from onehop.protocol.calls import REJECTED, Call
-from onehop.protocol.peers import Peer
+from onehop.protocol.peers import Peer, RecordLike
 from onehop.protocol.routes import Route, Routes
 from onehop.settings import Settings
 from onehop.transport.link import Link
@@ -64,6 +64,7 @@ class Attempt:
     Attributes:
         route, link, call: of the server being tried now.
         tried: routes that failed in this round; ``error``: the last failure; ``pause``: seconds before another round.
+        record: of the peer when it was chosen; it may have none when the request has failed.
         seconds: how long it took, where that is asked for.
         seen: signs of life at the last look; -1 before the first.
     """
@@ -78,6 +79,7 @@ class Attempt:
     seconds: float = 0.0
     seen: int = -1
     route: Route = field(init=False)
+    record: RecordLike | None = None
     link: Link = field(init=False)
     call: Call = field(init=False)
 
