@@ -103,7 +103,8 @@ class Node:
             # Half of the id: a socket's path has 107 bytes at most, and 64 random bits do not meet by chance.
             return f"ipc://{local.prepare()}/{node.hex()[:16]}.sock"
 
-        return Engine(self.settings, ZmqCarrier(), registry, endpoint, RELEASE)
+        carrier = ZmqCarrier(0o660 if self.settings.group else 0o600)
+        return Engine(self.settings, carrier, registry, endpoint, RELEASE)
 
     # Serving --------------------------------------------------------------------------------------
 

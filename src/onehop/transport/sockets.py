@@ -196,21 +196,28 @@ class _Inbound(_Socket):
 
 
 class ZmqCarrier:
-    """Carries messages over ZeroMQ; one context with one I/O thread."""
+    """Carries messages over ZeroMQ; one context with one I/O thread.
 
-    def __init__(self) -> None:
+    Args:
+        mode: of the file that is the socket, where it listens on one: who may connect.
+    """
+
+    def __init__(self, mode: int = 0o600) -> None:
+        self._mode = mode
         self._context: zmq.Context[Any] | None = None
 
     def _get_context(self) -> zmq.Context[Any]:
         if self._context is None:
-            context: zmq.Context[Any] = zmq.Context()
-            context.set(zmq.MAX_SOCKETS, min(context.get(zmq.SOCKET_LIMIT), 65_535))
-            self._context = context
+            self._context = zmq.Context()
+            self._context.set(zmq.MAX_SOCKETS, min(self._context.get(zmq.SOCKET_LIMIT), 65_535))
         return self._context
 
     def bind(self, endpoint: str) -> _Inbound:
         check_descriptors(16)
-        return _Inbound(self._get_context(), endpoint)
+        inbound = _Inbound(self._get_context(), endpoint)
+        if endpoint.startswith("ipc://"):
+            os.chmod(endpoint.removeprefix("ipc://"), self._mode)
+        return inbound
 
     def connect(self, endpoint: str) -> _Link:
         check_descriptors(LINK_DESCRIPTORS)
