@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -193,6 +194,9 @@ class _Inbound(_Socket):
 
     def close(self, linger: float) -> None:
         self._socket.close(int(linger * 1000))
+        if self.endpoints[0].startswith("ipc://"):  # libzmq leaves the file
+            with suppress(FileNotFoundError):
+                os.unlink(self.endpoints[0].removeprefix("ipc://"))
 
 
 class ZmqCarrier:
