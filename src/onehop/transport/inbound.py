@@ -185,39 +185,47 @@ class Inbound:
     def _turn(self) -> None:
         """Send and receive for everybody, unless somebody who will look again has the socket."""
         while self._out and self._lock.acquire(False):
-            moved: list[Request] = []
-            try:
-                more = self._pump(moved)
-            finally:
-                self._lock.release()
-            self._dispatch(moved)
-            if more:
+            if self._pump():
                 self._wake.set()
 
-    def _pump(self, moved: list[Request]) -> bool:
-        """Send what is queued and take in what came, under ``_lock``; True when more may be there."""
-        if self._out:
+    def _pump(self, leading: bool = False) -> bool:
+        """Send and receive in one hold of ``_lock``, which the caller took; then hand over what came.
+
+        Args:
+            leading: whether the leader asks, who looks at its own queue next.
+
+        Returns:
+            Whether more may be there to receive.
+        """
+        moved: list[Request] = []
+        more = False
+        try:
             self._send(moved)
-        if self._closing:
-            return False
-        socket, inbox = self.socket, self._inbox
-        more = True
-        now = 0.0
+            if not self._closing:
+                more = self._take_in(moved)
+        finally:
+            self._lock.release()
+        if moved:
+            self._dispatch(moved, leading)
+        return more
+
+    def _take_in(self, moved: list[Request]) -> bool:
+        """Give the inbox what came and send what it answers, under ``_lock``; True when the batch was full."""
+        socket, receive, now = self.socket, self._inbox.receive, 0.0
+        more = False
         for _ in range(BATCH):
-            if not socket.readable():
-                more = False
-                break
-            message = socket.receive()
+            message = socket.receive() if socket.readable() else None
             if message is None:
-                more = False
                 break
             now = now or monotonic()
-            inbox.receive(*message, now, moved)
-        if inbox.outgoing:
+            receive(*message, now, moved)
+        else:
+            more = True
+        if self._inbox.outgoing:
             self._send_outgoing(moved)
         return more
 
-    def _dispatch(self, moved: list[Request], leading: bool = False) -> None:
+    def _dispatch(self, moved: list[Request], leading: bool) -> None:
         """Give each new request to its queue; wake whoever waits for news of one that runs."""
         for request in moved:
             if request.queued:
@@ -257,17 +265,10 @@ class Inbound:
 
     def look(self, now: float) -> None:
         """Timers, and a look at the socket if nobody leads."""
-        moved: list[Request] = []
-        with self._lock:
-            if self._closing:
-                return
-            self._inbox.handle_timer(now)
-            self._send_outgoing(moved)
-            alone = not self._lead.locked()
-            if alone:
-                self._pump(moved)
-        self._dispatch(moved)
-        self._turn()
+        self.change(Inbox.handle_timer, now)
+        if not self._lead.locked() and self._lock.acquire(False):
+            self._pump()
+            self._turn()
 
     def take(self, queue: Queue, until: float) -> Request | None:
         """The next request of ``queue``; None when ``until`` came first, or the queue is stopped and empty."""
@@ -305,14 +306,8 @@ class Inbound:
         self._leading_for = queue
         try:
             while not self._closing:
-                moved: list[Request] = []
                 self._lock.acquire()
-                try:
-                    more = self._pump(moved)
-                finally:
-                    self._lock.release()
-                if moved:
-                    self._dispatch(moved, leading=True)
+                more = self._pump(leading=True)
                 if self._out:
                     continue
                 if queue is not None and (queue.tasks or queue.stopped):

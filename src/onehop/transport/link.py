@@ -126,23 +126,38 @@ class Link:
     def _turn(self) -> None:
         """Send and drain for everybody, unless somebody who will look again has the socket."""
         while self._out and self._lock.acquire(False):
-            moved: list[Call] = []
-            cold: list[bytes] = []
-            try:
-                sent = self._send()
-                more = self._drain(moved, cold)
-            finally:
-                self._lock.release()
-            self._complete(moved, None)
-            if cold:
-                self._handle(cold)
-            if more:
-                self._wake.set()  # the edge was eaten: whoever leads, or will, must look
+            sent, more = self._pump(None)
+            # What a full batch left has no edge any more, and what found no room must be tried again soon (STUCK):
+            # whoever leads must look. If nobody does, our caller will wait, and so lead.
+            if more or not sent:
+                self._wake.set()
             if not sent:
-                # No room: who leads tries again soon (STUCK); our caller will wait, and so lead if nobody does.
-                if self._leader is not None:
-                    self._wake.set()
                 return
+
+    def _pump(self, me: Call | None) -> tuple[bool, bool]:
+        """Send and read in one hold of ``_lock``, which the caller took; then tell whoever has news.
+
+        Args:
+            me: the call that the leader, who asks, waits for itself.
+
+        Returns:
+            Whether all that was queued was sent; whether more may be there to read.
+        """
+        moved: list[Call] = []
+        cold: list[bytes] = []
+        try:
+            sent = self._send()
+            more = self._drain(moved, cold)
+        finally:
+            self._lock.release()
+        if moved:
+            self.tell(moved, me)
+        for frame in cold:
+            try:
+                self._control(self, frame)
+            except WireError:
+                self.bad_frames += 1
+        return sent, more
 
     def look(self) -> None:
         """Send and receive what is there, if nobody else does: for links on which nobody waits."""
@@ -196,18 +211,8 @@ class Link:
         self._leader = call
         try:
             while True:
-                moved: list[Call] = []
-                cold: list[bytes] = []
                 self._lock.acquire()
-                try:
-                    sent = self._send()
-                    more = self._drain(moved, cold)
-                finally:
-                    self._lock.release()
-                if moved:
-                    self._complete(moved, call)
-                if cold:
-                    self._handle(cold)
+                sent, more = self._pump(call)
                 if call is None or call.outcome is not None or call.signs != seen:
                     if self._out and sent:
                         continue
@@ -242,25 +247,15 @@ class Link:
                 self.bad_frames += 1
         return True
 
-    def _complete(self, moved: list[Call], me: Call | None) -> None:
-        for call in moved:
+    def tell(self, calls: list[Call], me: Call | None = None) -> None:
+        """Wake whoever waits for ``calls``, which have news; not the thread that asks, which waits for ``me``."""
+        for call in calls:
             if call is me:
                 continue
             if call is self._leader:
                 self._wake.set()
             elif call.waiter is not None:
                 release(call.waiter)
-
-    def _handle(self, frames: list[bytes]) -> None:
-        for frame in frames:
-            try:
-                self._control(self, frame)
-            except WireError:
-                self.bad_frames += 1
-
-    def tell(self, calls: list[Call]) -> None:
-        """Wake whoever waits for ``calls``, whose outcomes were set by somebody else."""
-        self._complete(calls, None)
 
     # The end --------------------------------------------------------------------------------------
 
@@ -269,7 +264,7 @@ class Link:
         self.calls.pending.pop(0, None)
         self.ready = True
         self.hello.outcome = REPLIED
-        self._complete([self.hello], None)
+        self.tell([self.hello])
 
     def end(self, why: str) -> bool:
         """The connection is over: what still came is read, then every call ends as LOST. False the second time.
@@ -288,7 +283,7 @@ class Link:
             self.ended = why
         finally:
             self._lock.release()
-        self._complete([*moved, *self.calls.lose(why)], None)
+        self.tell([*moved, *self.calls.lose(why)])
         self._wake.set()
         return True
 
