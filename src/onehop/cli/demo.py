@@ -27,7 +27,7 @@ from rich.text import Text
 
 from onehop import OnehopError, SettingsError
 from onehop.cli.console import FAILED, AsJson, complain, out, print_json, print_table
-from onehop.cli.demo_ledger import Ledger, Outage, percentile
+from onehop.cli.demo_ledger import SERVERS, Ledger, Outage, percentile
 
 URL = "zmq:///demo"
 VICTIMS = ("conductor-2", "compute-3")
@@ -195,17 +195,14 @@ class Cluster:
     """The processes and the directory of one run; gone when the block ends, however it ends."""
 
     def __init__(self, url: str, rate: float) -> None:
-        with without_warnings():
-            from onehop.cli import demo_roles
-
         self.url, self.rate = url, rate
         self.shown_url = re.sub("//[^/@]*@", "//", url)  # without its password
         self.name = secrets.token_hex(3)
         self.directory = Path(tempfile.mkdtemp(prefix="oh-demo-", dir="/tmp"))  # sockets need short paths
         self.children: list[Child] = []
-        self.ledger = Ledger(self.directory, demo_roles.RECEIVERS, demo_roles.CALL_TIMEOUT)
+        self.ledger = Ledger(self.directory)
         self.outages: list[Outage] = []
-        self._hosts = [(role, host) for role, hosts in demo_roles.SERVERS.items() for host in hosts]
+        self._hosts = [(role, host) for role, hosts in SERVERS.items() for host in hosts]
 
     def __enter__(self) -> Self:
         return self
@@ -462,8 +459,8 @@ def present(found: dict[str, Any]) -> None:
     for each in found["killed"]:
         back = each["back_after_seconds"]
         print(
-            f"{each['host']} (pid {each['pid']}) was killed: {each['callers_told']} callers heard that their outcome "
-            f"is unknown, the last after {each['slowest_ms']:g} ms"
+            f"{each['host']} (pid {each['pid']}) was killed; callers told that their outcome is unknown: "
+            f"{each['callers_told']}, the last after {each['slowest_ms']:g} ms"
             + (f"; it was back after {back:g} s" if back else "")
         )
     print(

@@ -18,6 +18,15 @@ from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 
+SERVERS = {
+    "conductor": ("conductor-1", "conductor-2", "conductor-3"),
+    "scheduler": ("scheduler-1",),
+    "compute": ("compute-1", "compute-2", "compute-3", "compute-4", "compute-5"),
+}
+TOPICS = {"conductor": ("conductor",), "scheduler": ("scheduler",), "compute": ("compute", "compute-alt")}
+RECEIVERS = {topic: SERVERS[role] for role, topics in TOPICS.items() for topic in topics}
+CALL_TIMEOUT = 5.0
+"""Seconds that a caller waits."""
 VERBS = ("call", "long", "cast", "fanout")
 CALLS = ("call", "long")
 OUTCOMES = ANSWERED, RAISED, REFUSED, UNKNOWN = "answered", "raised", "refused", "unknown"
@@ -82,13 +91,11 @@ class Line(NamedTuple):
 class Ledger:
     """All parts together; :meth:`read` takes in what was written since."""
 
-    def __init__(self, directory: Path, receivers: dict[str, tuple[str, ...]], call_timeout: float) -> None:
+    def __init__(self, directory: Path) -> None:
         self.entries: dict[str, Entry] = {}
         self.ran_at: Counter[str] = Counter()
         self.sent_by: Counter[int] = Counter()
         self._directory = directory
-        self._receivers = receivers
-        self._call_timeout = call_timeout
         self._read: dict[Path, int] = {}
 
     def read(self) -> None:
@@ -146,12 +153,12 @@ class Ledger:
             sent, answered = len(of_verb), sum(bool(entry.ran) for entry in of_verb)
             refused = sum(entry.outcome == REFUSED and not entry.ran for entry in of_verb)
         else:
-            sent = sum(len(self._receivers[entry.topic]) for entry in of_verb)
+            sent = sum(len(RECEIVERS[entry.topic]) for entry in of_verb)
             answered = sum(len(set(entry.ran)) for entry in of_verb)
             refused = sum(
                 host not in entry.ran and any(each.host == host and each.began < entry.sent for each in outages)
                 for entry in of_verb
-                for host in self._receivers[entry.topic]
+                for host in RECEIVERS[entry.topic]
             )
         return Line(verb, sent, answered, count[RAISED], refused, sent - answered - refused, executed, twice)
 
@@ -191,10 +198,8 @@ class Ledger:
                 continue
             if not entry.outcome:
                 found.append(f"{where} has no outcome: silence")
-            elif entry.ended - entry.sent > self._call_timeout + GRACE:
-                found.append(
-                    f"{where} ended after {entry.ended - entry.sent:.1f} s; {self._call_timeout:g} are allowed"
-                )
+            elif entry.ended - entry.sent > CALL_TIMEOUT + GRACE:
+                found.append(f"{where} ended after {entry.ended - entry.sent:.1f} s; {CALL_TIMEOUT:g} are allowed")
             elif entry.outcome not in OUTCOMES:
                 found.append(f"{where} could not be sent: {entry.outcome}")
             if entry.verb in CALLS:
@@ -205,7 +210,7 @@ class Ledger:
                 if entry.outcome == REFUSED and entry.ran:
                     found.append(f"{where} was said not to have run, and {entry.ran[0]} ran it")
             elif entry.outcome == ANSWERED:
-                wanted = self._receivers[entry.topic] if entry.verb == "fanout" else (entry.host or entry.topic,)
+                wanted = RECEIVERS[entry.topic] if entry.verb == "fanout" else (entry.host or entry.topic,)
                 for host in wanted:
                     missed = host not in entry.ran if entry.verb == "fanout" else not entry.ran
                     if missed and not any(self._may_be_with(entry, each, host) for each in outages):

@@ -25,17 +25,8 @@ from typing import Any
 import oslo_messaging
 from oslo_config import cfg
 
-from onehop.cli.demo_ledger import ANSWERED, RAISED, REFUSED, UNKNOWN, Writer
+from onehop.cli.demo_ledger import ANSWERED, CALL_TIMEOUT, RAISED, RECEIVERS, REFUSED, SERVERS, TOPICS, UNKNOWN, Writer
 
-SERVERS = {
-    "conductor": ("conductor-1", "conductor-2", "conductor-3"),
-    "scheduler": ("scheduler-1",),
-    "compute": ("compute-1", "compute-2", "compute-3", "compute-4", "compute-5"),
-}
-TOPICS = {"conductor": ("conductor",), "scheduler": ("scheduler",), "compute": ("compute", "compute-alt")}
-RECEIVERS = {topic: SERVERS[role] for role, topics in TOPICS.items() for topic in topics}
-CALL_TIMEOUT = 5.0
-"""Seconds."""
 API_THREADS = 32
 LONG = 0.5
 """Seconds that the handler of a long call works."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,10 +20,10 @@ def simulate(
 
     Exit code 1 if a promise was broken.
     """
-    from onehop.testing import simulation
+    from onehop.testing.simulation import run
 
     begun = time.perf_counter()
-    world = simulation.run(seed=seed, nodes=nodes, seconds=seconds)
+    world = run(seed=seed, nodes=nodes, seconds=seconds)
     took = time.perf_counter() - begun
     if as_json:
         print_json({
@@ -32,7 +32,7 @@ def simulate(
         })  # fmt: skip
     else:
         title = f"{nodes} nodes, {seconds:g} virtual seconds in {took:.1f} s, seed {seed}"
-        print_table(("what", "how much"), world.summary.items(), title)
+        print_table(("what", "how much"), [(name, _shown(value)) for name, value in world.summary.items()], title)
         print(f"trace {world.digest}")
         print("no promise was broken" if not world.broken else f"{len(world.broken)} promises were broken:")
         for each in world.broken:
@@ -40,3 +40,9 @@ def simulate(
     if world.broken:
         complain(f"{len(world.broken)} promises were broken; run it again with --seed {seed} --nodes {nodes}")
         raise typer.Exit(FAILED)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{number} {name}" for name, number in value.items())
+    return str(value)
