@@ -30,7 +30,7 @@ PROGRAMS = Path(__file__).with_name("programs.py")
 LIMIT = 20.0
 
 
-def eventually(condition: Callable[[], Any], limit: float = LIMIT) -> Any:
+def wait_until(condition: Callable[[], Any], limit: float = LIMIT) -> Any:
     """Wait until ``condition`` is true, and return what it said."""
     until = time.monotonic() + limit
     while True:
@@ -39,6 +39,11 @@ def eventually(condition: Callable[[], Any], limit: float = LIMIT) -> Any:
             assert value, f"not so within {limit} s"
             return value
         time.sleep(0.01)
+
+
+@pytest.fixture
+def eventually() -> Callable[..., Any]:
+    return wait_until
 
 
 class Program:
