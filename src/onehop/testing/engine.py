@@ -1,0 +1,681 @@
+"""A node of a simulated world: the real core, driven on virtual time as ``transport/engine.py`` drives it.
+
+What the engine does with threads is done here with generators: a task yields the time until which it waits, and is
+resumed when that has come or somebody has news for it. Each method stands for the one of its name in the real engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Generator
+from itertools import count
+from typing import NamedTuple
+
+from onehop.errors import (
+    CallError,
+    CallTimeout,
+    NodeClosed,
+    NoRoute,
+    OnehopError,
+    PeerLost,
+    ProtocolError,
+    Rejected,
+    RemoteError,
+    WireError,
+)
+from onehop.interfaces import Record
+from onehop.protocol import wire
+from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, Call
+from onehop.protocol.inbox import Request
+from onehop.protocol.node import NodeProtocol
+from onehop.protocol.peers import RESTING, Peer
+from onehop.protocol.routes import Route, choose
+from onehop.testing.clock import Clock, Task, Waiting
+from onehop.testing.invariants import (
+    CRASHED,
+    DRAINED,
+    ENTRY_NUMBER,
+    LOST_PEER,
+    REPLY_BODY,
+    STARTED,
+    TOLD,
+    Entry,
+    Invariants,
+    Trace,
+)
+from onehop.testing.network import Link, Network, VirtualRegistry
+from onehop.transport.carrier import Unreachable
+
+HANDSHAKE = 5.0
+TICK = 0.1
+SLOW_TICK = 0.5
+STUCK = 0.02
+PROBES = 20.0
+"""Seconds, as in the real engine; PROBES is how often silent connections are looked for."""
+
+
+class Offer(NamedTuple):
+    """A service that a node offers.
+
+    Args:
+        work: seconds a handler takes, on average.
+        workers: handlers at once.
+    """
+
+    service: str
+    server: str
+    work: float = 0.01
+    workers: int = 8
+
+
+class Surroundings(NamedTuple):
+    """What the engines of one world share."""
+
+    clock: Clock
+    network: Network
+    registry: VirtualRegistry
+    invariants: Invariants
+    trace: Trace
+
+
+class Target:
+    """The queue of one instance of a service."""
+
+    def __init__(self, offer: Offer) -> None:
+        self.offer = offer
+        self.tasks: deque[Request] = deque()
+        self.busy = 0
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+class _Attempt:
+    """See ``transport.requests.Attempt``."""
+
+    __slots__ = ("entry", "error", "pause", "task", "tried")
+
+    def __init__(self, entry: Entry, task: Task) -> None:
+        self.entry = entry
+        self.task = task
+        self.tried: list[Route] = []
+        self.error: CallError | None = None
+        self.pause = 0.05
+
+
+class EngineLink:
+    """One connection to one peer; see ``transport.link.Link``."""
+
+    __slots__ = (
+        "bad_frames",
+        "began",
+        "calls",
+        "ended",
+        "engine",
+        "error",
+        "hello",
+        "out",
+        "peer",
+        "socket",
+        "waiters",
+    )
+
+    def __init__(self, engine: VirtualEngine, peer: Peer, socket: Link, began: float) -> None:
+        self.engine = engine
+        self.peer = peer
+        self.socket = socket
+        self.calls = peer.calls
+        self.began = began
+        self.ended: str | None = None
+        self.error: Exception | None = None
+        self.bad_frames = 0
+        self.hello = Call(wire.HELLO)
+        self.out: deque[tuple[Call | None, wire.Frame]] = deque()
+        self.waiters: list[Task] = []
+        self.calls.pending[0] = self.hello
+        socket.reader = self.receive
+        socket.on_ended = self._on_ended
+
+    def post(self, call: Call | None, frame: wire.Frame) -> None:
+        """Send ``frame``, now or when there is room."""
+        self.out.append((call, frame))
+        if len(self.out) == 1:
+            self.send()
+
+    def send(self, _: None = None) -> None:
+        """Send what is queued."""
+        out = self.out
+        while out:
+            call, frame = out[0]
+            if self.ended is None and (call is None or (call.outcome is None and not call.given_up)):
+                if not self.socket.send(frame):
+                    self.engine.clock.after(STUCK, self.send)
+                    return
+                if call is not None:
+                    call.sent = True
+            out.popleft()
+
+    def receive(self, frame: bytes, body: bytes | None) -> None:
+        """A message arrived."""
+        engine = self.engine
+        if engine.dead or self.ended is not None:
+            return
+        kind = frame[0]
+        engine.trace.step(kind, engine.index, -1 - self.socket.opened_to, int.from_bytes(frame[8:16], "little"))
+        try:
+            if kind >= wire.FIRST_FOR_CALLS:
+                moved: list[Call] = []
+                self.calls.receive(frame, body, moved)
+                for call in moved:
+                    if call.waiter is not None:
+                        call.waiter.resume()
+                if self.hello.outcome is not None and self.waiters:
+                    self.wake()
+            else:
+                engine.control(self, frame)
+        except WireError:
+            self.bad_frames += 1
+
+    def answered(self) -> None:
+        """The hello was answered as it should."""
+        self.calls.pending.pop(0, None)
+        self.hello.outcome = REPLIED
+        self.wake()
+
+    def wake(self) -> None:
+        """Let those who wait for the hello look."""
+        waiters, self.waiters = self.waiters, []
+        for task in waiters:
+            task.resume()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests may go."""
+        return self.hello.outcome == REPLIED and self.ended is None
+
+    def _on_ended(self, why: str) -> None:
+        if not self.engine.dead:
+            self.engine.lost(self, why)
+
+
+class VirtualEngine:
+    """One process: the core of a node and what drives it, from its start to its end.
+
+    Args:
+        index: of the node, which is also its site in the network.
+        offers: what it serves.
+        room: requests its inbox takes.
+        window: requests under way to one peer.
+    """
+
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        index: int,
+        offers: tuple[Offer, ...],
+        *,
+        room: int = 10_000,
+        window: int = 4096,
+    ) -> None:
+        self.clock, self.network, self.registry, self.invariants, self.trace = surroundings
+        self.index = index
+        self.room = room
+        self.window = window
+        self.dead = False
+        self.closed = False
+        self.draining = False
+        self.seen_version = -1
+        self.ended_links = 0
+        self.protocol = NodeProtocol(
+            self.clock.random.randbytes(16),
+            random=self.clock.random.random,
+            host=f"host-{index}",
+            messages=room,
+            window_messages=window,
+        )
+        self.targets = [Target(offer) for offer in offers]
+        self.links: dict[bytes, EngineLink] = {}
+        self.under_way: dict[int, Entry] = {}
+        self.retried = 0
+        self._turns: dict[tuple[str, str], count[int]] = {}
+        self._changed: list[Task] = []
+        self._tick_at: float | None = None
+        endpoint = f"virtual://{index}/{self.protocol.id.hex()}"
+        self.inbound = self.network.bind(index, endpoint)
+        self.inbound.reader = self._take
+        self.endpoint = endpoint
+
+    def start(self) -> None:
+        """Announce what is served, and watch the registry."""
+        self.trace.step(STARTED, self.index)
+        services: dict[str, tuple[str, ...]] = {}
+        for target in self.targets:
+            offer = target.offer
+            self.protocol.inbox.offer(offer.service, offer.server, target)
+            services[offer.service] = (*services.get(offer.service, ()), offer.server)
+        if services:
+            self.registry.announce(
+                Record(
+                    node=self.protocol.id.hex(), host=self.protocol.host, endpoints=(self.endpoint,), services=services
+                )
+            )
+        self._plan(self.clock.now + PROBES)
+
+    def learn(self, records: tuple[Record, ...]) -> None:
+        """The registry has a new view."""
+        self.trace.step(TOLD, self.index, 0, len(records))
+        before = self.protocol.routes
+        self.protocol.learn(records)
+        self._routes_may_have_changed(before)
+        if self.links:
+            self._plan(self.clock.now + SLOW_TICK)
+
+    def _routes_may_have_changed(self, before: object) -> None:
+        if self._changed and self.protocol.routes is not before:
+            waiters, self._changed = self._changed, []
+            for task in waiters:
+                task.resume()
+
+    # Links ----------------------------------------------------------------------------------------
+
+    def _begin_link(self, peer: Peer) -> EngineLink | OnehopError:
+        if self.closed:
+            return NodeClosed("this node is closed")
+        link: EngineLink | None = peer.link
+        if link is not None and link.ended is None:
+            return link
+        record = peer.record
+        hello = self.protocol.connect(peer, self.clock.now) if record is not None else None
+        if hello is None or record is None:
+            return PeerLost(f"node {peer.id.hex()} is {peer.state}: not connected to", executed="no")
+        socket = self.network.connect(self.index, record.endpoints[0])
+        link = peer.link = self.links[peer.id] = EngineLink(self, peer, socket, self.clock.now)
+        link.post(link.hello, hello)
+        return link
+
+    def _connect(self, peer: Peer, until: float, task: Task) -> Generator[float, None, EngineLink | OnehopError]:
+        link = self._begin_link(peer)
+        if not isinstance(link, EngineLink):
+            return link
+        limit = min(until, link.began + HANDSHAKE)
+        while link.hello.outcome is None and self.clock.now < limit:
+            link.waiters.append(task)
+            yield limit
+        if link.ready:
+            return link
+        if link.hello.outcome is None and self.clock.now >= until:
+            return CallTimeout("the hello was not answered before the deadline", executed="no")
+        why = link.ended or "it did not answer the hello"
+        if link.hello.outcome == REJECTED:
+            why = "{}: {}".format(*link.hello.body)
+        self.lost(link, why)
+        return PeerLost(f"no connection to node {peer.id.hex()}: {link.error or why}", executed="no")
+
+    def control(self, link: EngineLink, frame: bytes) -> None:
+        """A frame of a peer that is for no call."""
+        before = self.protocol.routes
+        try:
+            ready = self.protocol.control(link.peer, frame, self.clock.now)
+        except WireError:
+            raise
+        except ProtocolError as error:
+            link.error = error
+            self.lost(link, str(error))
+            return
+        if ready:
+            link.answered()
+        self._routes_may_have_changed(before)
+
+    def lost(self, link: EngineLink, why: str) -> None:
+        """The connection is over: its calls end."""
+        if link.ended is not None:
+            return
+        link.ended = why
+        link.socket.close()
+        peer = link.peer
+        before = self.protocol.routes
+        self.links.pop(peer.id, None)
+        self.ended_links += 1
+        peer.link = None
+        calls = self.protocol.lost(peer, why, self.clock.now)
+        self.trace.step(LOST_PEER, self.index, 0, len(calls))
+        if peer.state == RESTING:
+            self._plan(peer.rested_at)
+        for call in calls:
+            if call.waiter is not None:
+                call.waiter.resume()
+        link.wake()
+        self._routes_may_have_changed(before)
+
+    # Requests -------------------------------------------------------------------------------------
+
+    def begin(self, entry: Entry) -> None:
+        """Make the request of ``entry``; how it ends is written there."""
+        self.under_way[entry.number] = entry
+        self.invariants.began(entry)
+        if entry.kind in ("fanout", "gather"):
+            self._scatter(entry)
+        else:
+            task = Task(self.clock)
+            task.start(self._request(entry, task))
+
+    def _finish(self, entry: Entry, outcome: str, error: OnehopError | None = None) -> None:
+        self.under_way.pop(entry.number, None)
+        entry.outcome = outcome if error is None else type(error).__name__
+        if outcome == "failed":
+            entry.outcome = outcome
+        entry.error = error
+        entry.finishes += 1
+        entry.finished_at = self.clock.now
+        self.invariants.ended(entry)
+        if entry.parent is not None and all(part.outcome is not None for part in entry.parent.parts):
+            self._finish(entry.parent, "done")
+
+    def _request(self, entry: Entry, task: Task) -> Waiting:
+        attempt = _Attempt(entry, task)
+        turns = self._turns.get((entry.service, entry.server))
+        if turns is None:
+            turns = self._turns[entry.service, entry.server] = count(self.clock.random.randrange(1 << 16))
+        while True:
+            routes = self.protocol.routes.of(entry.service, entry.server)
+            if routes and not attempt.tried:
+                route = choose(routes, next(turns))
+            else:
+                found = yield from self._find(attempt, turns)
+                if not isinstance(found, Route):
+                    self._finish(entry, "error", found)
+                    return
+                route = found
+            self.invariants.chose(self, route)
+            link: EngineLink | None = route.peer.link
+            if link is None or not link.ready:
+                made = yield from self._connect(route.peer, entry.deadline, task)
+                if not isinstance(made, EngineLink):
+                    if isinstance(made, CallError) and self._again(attempt, route, made):
+                        continue
+                    self._finish(entry, "error", made)
+                    return
+                link = made
+            error = yield from self._exchange(entry, task, route, link)
+            if error is None:
+                return
+            if isinstance(error, CallTimeout) or not self._again(attempt, route, error):
+                self._finish(entry, "error", error)
+                return
+
+    def _exchange(
+        self, entry: Entry, task: Task, route: Route, link: EngineLink
+    ) -> Generator[float, None, CallError | None]:
+        """Send the request over a ready link and wait for its outcome; None where ``entry`` has ended with it."""
+        now, clock = self.clock.now, self.clock
+        is_cast = entry.kind == "cast"
+        body = ENTRY_NUMBER.pack(entry.number) + bytes(max(0, entry.size - ENTRY_NUMBER.size))
+        monitor = None if is_cast else entry.monitor
+        call = Call(wire.CAST if is_cast else wire.REQUEST, entry.deadline, len(body))
+        if link.calls.full(len(body)):
+            self._finish(entry, "error", Rejected("the window is full", reason="full"))
+            return None
+        call.waiter = task
+        id = link.calls.begin(call)
+        flags = wire.FANOUT if is_cast and entry.parent is not None else 0
+        section = wire.names(entry.service, route.server, "work")
+        entry.asked.append((route.peer.id, now))
+        link.post(call, wire.request(call.kind, flags, id, entry.deadline - now, monitor, section, body))
+        if monitor is None:
+            while call.outcome is None and clock.now < entry.deadline:
+                yield entry.deadline
+        else:
+            seen = -1
+            while call.outcome is None and call.signs != seen:
+                seen = call.signs
+                limit = min(entry.deadline, clock.now + monitor)
+                while call.outcome is None and call.signs == seen and clock.now < limit:
+                    yield limit
+        if call.outcome is None:
+            link.calls.give_up(call)
+            if call.sent:
+                link.post(None, wire.pack(wire.CANCEL, id=id))
+            return CallTimeout("it did not answer in time", executed="unknown" if call.sent else "no")
+        if call.outcome == REJECTED:
+            reason, text = call.body
+            if reason == "hello first":
+                self.lost(link, "it does not know this connection any more")
+            return Rejected(
+                f"refused: {reason} ({text})", reason=reason, executed="unknown" if reason == "duplicate" else "no"
+            )
+        if call.outcome == LOST:
+            return PeerLost(f"lost: {call.body}", executed="unknown" if call.sent else "no")
+        if call.outcome == FAILED:
+            self._finish(entry, "failed", RemoteError(bytes(call.body).decode()))
+        elif call.outcome == REPLIED:
+            number, by = REPLY_BODY.unpack_from(call.body)
+            self.invariants.replied(entry, number, by, route.peer.id)
+            self._finish(entry, "replied")
+        else:
+            self._finish(entry, "taken")
+        return None
+
+    def _find(self, attempt: _Attempt, turns: count[int]) -> Generator[float, None, Route | OnehopError]:
+        entry, tried, clock = attempt.entry, attempt.tried, self.clock
+        error = attempt.error
+        full = isinstance(error, Rejected) and error.reason == "full"
+        ready = min(entry.deadline, entry.started + entry.ready_timeout)
+        while True:
+            if self.closed:
+                return NodeClosed("this node was closed while a request waited for a server")
+            routes = self.protocol.routes.of(entry.service, entry.server)
+            routes = tuple(route for route in routes if route not in tried) if tried else routes
+            if routes:
+                return choose(routes, next(turns))
+            if error is not None and (full or clock.now >= ready):
+                return error
+            if tried:
+                seen = self.protocol.routes
+                self.registry.refresh(self)
+                limit = min(ready, clock.now + attempt.pause)
+                while self.protocol.routes is seen and clock.now < limit and not self.closed:
+                    self._changed.append(attempt.task)
+                    yield limit
+                attempt.pause *= 2
+                tried.clear()
+                continue
+            self.registry.refresh(self)
+            while not self.protocol.routes.of(entry.service, entry.server) and clock.now < ready and not self.closed:
+                self._changed.append(attempt.task)
+                yield ready
+            if not self.protocol.routes.of(entry.service, entry.server) and not self.closed:
+                if entry.deadline <= ready:
+                    return CallTimeout("nobody offered it before the deadline", executed="no")
+                return NoRoute(f"nobody offers {entry.service!r} {entry.server!r}")
+
+    def _again(self, attempt: _Attempt, route: Route, error: CallError) -> bool:
+        attempt.tried.append(route)
+        attempt.error = error
+        safe = error.executed == "no" or (attempt.entry.idempotent and error.executed == "unknown")
+        if not safe or self.clock.now >= attempt.entry.deadline:
+            return False
+        self.retried += 1
+        return True
+
+    def _scatter(self, entry: Entry) -> None:
+        self.registry.refresh(self)
+        receivers = self.protocol.routes.distinct(entry.service, entry.server)
+        if not receivers:
+            self._finish(entry, "done")
+        for route in receivers:
+            self.invariants.chose(self, route)
+            kind = "cast" if entry.kind == "fanout" else "call"
+            timeout = entry.deadline - self.clock.now
+            part = self.invariants.enter(kind, self.index, entry.service, route.server, timeout)
+            part.parent, part.work, part.fails, part.size = entry, entry.work, entry.fails, entry.size
+            entry.parts.append(part)
+            self.under_way[part.number] = part
+            self.invariants.began(part)
+        for route, part in zip(receivers, list(entry.parts), strict=True):
+            task = Task(self.clock)
+            task.start(self._post_to(part, route, task))
+
+    def _post_to(self, part: Entry, route: Route, task: Task) -> Waiting:
+        made = yield from self._connect(route.peer, part.deadline, task)
+        error = made if not isinstance(made, EngineLink) else (yield from self._exchange(part, task, route, made))
+        if error is not None:
+            self._finish(part, "error", error)
+
+    # Serving --------------------------------------------------------------------------------------
+
+    def _take(self, identity: bytes, frame: bytes, body: bytes | None) -> None:
+        if self.dead:
+            return
+        inbox = self.protocol.inbox
+        self.trace.step(frame[0], self.index, int.from_bytes(identity, "big"), int.from_bytes(frame[8:16], "little"))
+        moved: list[Request] = []
+        inbox.receive(identity, frame, body, self.clock.now, moved)
+        if inbox.outgoing:
+            self._send_outgoing()
+        if moved:
+            self.invariants.taken(self, moved)
+            for request in moved:
+                if not request.queued:
+                    request.queued = True
+                    request.target.tasks.append(request)
+                    if request.monitor is not None:
+                        self._plan(self.clock.now + request.monitor / 2)
+                    self._work(request.target)
+
+    def _work(self, target: Target) -> None:
+        while target.busy < target.offer.workers and target.tasks:
+            request = target.tasks.popleft()
+            if self.expired(request):
+                self._answer(request, wire.reject(request.id, "expired"))
+                continue
+            self.invariants.ran(self, request)
+            target.busy += 1
+            entry = self.invariants.entry_of(request.body)
+            seconds = self.clock.random.expovariate(1 / target.offer.work) if entry.work is None else entry.work
+            self.clock.after(seconds, self._handled, (target, request, entry))
+
+    def expired(self, request: Request) -> bool:
+        """Whether ``request`` must not be run any more."""
+        return self.protocol.inbox.expired(request, self.clock.now)
+
+    def _handled(self, of: tuple[Target, Request, Entry]) -> None:
+        target, request, entry = of
+        if self.dead or self.closed:
+            return
+        target.busy -= 1
+        flags, body = 0, REPLY_BODY.pack(entry.number, self.protocol.id) + bytes(entry.size)
+        if entry.fails:
+            flags, body = wire.FAILED, b"the handler raised"
+        self.reply(request, wire.answer(wire.REPLY, flags, request.id, body, len(target)))
+        self._work(target)
+
+    def reply(self, request: Request, frame: wire.Frame) -> None:
+        """Answer a request that has run."""
+        self._answer(request, frame)
+
+    def _answer(self, request: Request, frame: wire.Frame) -> None:
+        if self.protocol.inbox.finish(request) and request.kind == wire.REQUEST:
+            self._send_one(request.identity, frame)
+
+    def _send_one(self, identity: bytes, frame: wire.Frame) -> None:
+        try:
+            self.inbound.send(identity, frame)
+        except Unreachable:
+            self.protocol.inbox.gone(identity)
+
+    def _send_outgoing(self) -> None:
+        inbox = self.protocol.inbox
+        while inbox.outgoing:
+            waiting, inbox.outgoing = inbox.outgoing, []
+            for identity, frame in waiting:
+                self._send_one(identity, frame)
+
+    def drain(self, timeout: float) -> None:
+        """Take nothing more, answer what was taken, then close; after ``timeout`` seconds in any case."""
+        if not self.draining:
+            self.trace.step(DRAINED, self.index)
+            self.draining = True
+            self.registry.withdraw(self.protocol.id.hex())
+            self.protocol.inbox.drain("draining")
+            self._send_outgoing()
+            self._drained(self.clock.now + timeout)
+
+    def _drained(self, until: float) -> None:
+        if self.dead or self.closed:
+            return
+        if (self.protocol.inbox.taken or self.under_way) and self.clock.now < until:
+            self.clock.after(TICK, self._drained, until)
+        else:
+            self.close()
+
+    # Housekeeping ---------------------------------------------------------------------------------
+
+    def _plan(self, time: float) -> None:
+        time = math.ceil(time / TICK) * TICK
+        if self._tick_at is None or time < self._tick_at:
+            self._tick_at = time
+            self.clock.at(time, self._tick, time)
+
+    def _tick(self, time: float) -> None:
+        if self.dead or self.closed or self._tick_at != time:
+            return
+        self._tick_at = None
+        now, inbox = self.clock.now, self.protocol.inbox
+        before = self.protocol.routes
+        self.protocol.handle_timer(now)
+        inbox.handle_timer(now)
+        self._send_outgoing()
+        next_time = now + PROBES
+        for link in list(self.links.values()):
+            if link.peer.record is None:
+                if link.calls.pending:
+                    next_time = min(next_time, now + SLOW_TICK)
+                else:
+                    self.lost(link, "its record was withdrawn")
+        for peer in self.protocol.peers.peers.values():
+            if peer.state == RESTING and peer.rested_at < next_time:
+                next_time = peer.rested_at
+        beat = inbox.timer()
+        self._plan(max(now + TICK / 2, next_time if beat is None else min(beat, next_time)))
+        self._routes_may_have_changed(before)
+
+    # The end --------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End everything now; calls under way end as lost."""
+        if self.closed or self.dead:
+            return
+        self.closed = True
+        self.registry.withdraw(self.protocol.id.hex())
+        self.registry.leave(self)
+        for link in list(self.links.values()):
+            self.lost(link, "this node was closed")
+        waiters, self._changed = self._changed, []
+        for task in waiters:
+            task.resume()
+        self.inbound.close(1.0)
+
+    def crash(self) -> None:
+        """The process dies: nothing of it happens any more, and the kernel closes its connections."""
+        if self.dead:
+            return
+        self.trace.step(CRASHED, self.index)
+        self.dead = True
+        for entry in self.under_way.values():
+            entry.outcome = "caller crashed"
+        self.under_way.clear()
+        self.registry.withdraw(self.protocol.id.hex())
+        self.registry.leave(self)
+        for link in list(self.links.values()):
+            link.ended = "crashed"
+            link.socket.close()
+        self.inbound.close(0.0)
+
+    def unfinished(self) -> list[str]:
+        """What the engine still holds."""
+        left = [f"{len(target.tasks)} requests queued" for target in self.targets if target.tasks]
+        left += [f"{len(link.out)} frames to node {id.hex()}" for id, link in self.links.items() if link.out]
+        if self.under_way:
+            left.append(f"{len(self.under_way)} requests under way")
+        return left

@@ -1,0 +1,384 @@
+"""What must hold in a simulated world, at every step and at rest; and the ledger and the trace that tell.
+
+The checks look from outside: at the ledger, where each request is written down by whoever makes it and by every
+handler that runs it, and at what the core's tables hold; never at what an engine says of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+from onehop.errors import CallError, Executed, OnehopError
+from onehop.protocol import wire
+from onehop.protocol.inbox import Request
+from onehop.protocol.node import NodeProtocol
+from onehop.protocol.peers import USABLE, Peer
+from onehop.protocol.routes import Route
+from onehop.testing.clock import Clock
+
+GRACE = 0.1
+"""Seconds after its deadline within which a call must have ended."""
+KEPT_STEPS = 50
+
+# Steps of the trace; kinds of frames (wire 3) stand for themselves, for the message taken in.
+BEGAN, ENDED, RAN, TOLD, LOST_PEER, CRASHED, STARTED, DRAINED, CUT, MENDED, HELD, RELEASED = range(32, 44)
+_KINDS = "HELLO REQUEST CAST CREDIT CANCEL GOODBYE PING ACK REPLY ITEM PROGRESS REJECT PONG"
+_FRAMES = {getattr(wire, name): name for name in re.findall(r"\w+", _KINDS)}
+_STEPS = {
+    BEGAN: "node {a} begins request {n}",
+    ENDED: "request {n} of node {a} ends: {b}",
+    RAN: "node {a} runs request {n}",
+    TOLD: "node {a} is told of {n} records",
+    LOST_PEER: "node {a} loses a connection ({n} calls)",
+    CRASHED: "node {a} crashes",
+    STARTED: "node {a} starts",
+    DRAINED: "node {a} drains",
+    CUT: "a partition of {a} and {b} nodes begins",
+    MENDED: "a partition of {a} and {b} nodes ends",
+    HELD: "what goes between {a} and {b} nodes is held",
+    RELEASED: "what goes between {a} and {b} nodes is released",
+}
+OUTCOMES = (
+    "replied",
+    "failed",
+    "taken",
+    "done",
+    "NoRoute",
+    "Rejected",
+    "CallTimeout",
+    "PeerLost",
+    "NodeClosed",
+    "other",
+)
+
+
+class InvariantBroken(AssertionError):
+    """Something happened in a simulated world that never may. The message holds seed, time and the last steps."""
+
+
+class Trace:
+    """Every step of a run, folded into a digest; the last ones are kept for people.
+
+    Two runs are the same when their digests are.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.steps = 0
+        self._clock = clock
+        self._last: deque[tuple[float, int, int, int, int]] = deque(maxlen=KEPT_STEPS)
+        self._hash = hashlib.sha256()
+        self._buffer = bytearray()
+        self._pack = struct.Struct("<dBiiQ").pack
+
+    def step(self, code: int, a: int, b: int = 0, n: int = 0) -> None:
+        """Note that something happened now."""
+        now = self._clock.now
+        self.steps += 1
+        self._last.append((now, code, a, b, n))
+        self._buffer += self._pack(now, code, a, b, n)
+        if len(self._buffer) > 1 << 16:
+            self._hash.update(self._buffer)
+            self._buffer.clear()
+
+    def digest(self) -> str:
+        """SHA-256 of all steps so far, in hexadecimal."""
+        self._hash.update(self._buffer)
+        self._buffer.clear()
+        return self._hash.hexdigest()
+
+    def last(self) -> list[str]:
+        """The last steps, oldest first, one line each."""
+        return [f"{time:12.6f}  {_sentence(code, a, b, n)}" for time, code, a, b, n in self._last]
+
+
+def _sentence(code: int, a: int, b: int, n: int) -> str:
+    if code in _FRAMES:
+        return f"node {a} takes in {_FRAMES[code]} {n} from " + (f"connection {b}" if b >= 0 else f"node {-b - 1}")
+    return _STEPS[code].format(a=a, b=OUTCOMES[b] if code == ENDED else b, n=n)
+
+
+class Execution(NamedTuple):
+    """One run of a handler."""
+
+    time: float
+    node: bytes
+    server: str
+
+
+class Entry:
+    """One request in the ledger: a call, a cast, or one receiver's part of a fan-out.
+
+    Attributes:
+        kind: ``"call"``, ``"cast"``, ``"fanout"`` or ``"gather"``; the parts of the last two are casts and calls.
+        caller: the index of the node that made it.
+        started, deadline, finished_at: in virtual seconds; the last is None while it is under way.
+        outcome: None while it is under way; then ``"replied"``, ``"failed"``, ``"taken"``, ``"done"`` (a fan-out, whose
+            ``parts`` tell) or the name of the error class. ``"caller crashed"`` where nobody was left to hear it.
+        error: the error it ended with.
+        finishes: how often it ended.
+        executions: each run of its handler.
+        asked: each attempt: (node id asked, when).
+        work: seconds its handler takes; None for a time drawn by the server.
+        fails: whether its handler raises.
+        parts: of a fan-out or gathering, one entry for each receiver.
+    """
+
+    __slots__ = (
+        "asked",
+        "caller",
+        "deadline",
+        "error",
+        "executions",
+        "fails",
+        "finished_at",
+        "finishes",
+        "idempotent",
+        "kind",
+        "monitor",
+        "number",
+        "outcome",
+        "parent",
+        "parts",
+        "ready_timeout",
+        "server",
+        "service",
+        "size",
+        "started",
+        "work",
+    )
+
+    def __init__(self, number: int, kind: str, caller: int, service: str, server: str, started: float, timeout: float):
+        self.number = number
+        self.kind = kind
+        self.caller = caller
+        self.service = service
+        self.server = server
+        self.started = started
+        self.deadline = started + timeout
+        self.ready_timeout = 1.0
+        self.monitor: float | None = None
+        self.idempotent = False
+        self.work: float | None = None
+        self.fails = False
+        self.size = 0
+        self.parent: Entry | None = None
+        self.parts: list[Entry] = []
+        self.asked: list[tuple[bytes, float]] = []
+        self.executions: list[Execution] = []
+        self.outcome: str | None = None
+        self.error: OnehopError | None = None
+        self.finished_at: float | None = None
+        self.finishes = 0
+
+    @property
+    def finished_once(self) -> bool:
+        """Whether it ended exactly once (or its caller did not live to hear of it)."""
+        return self.finishes == (0 if self.outcome == "caller crashed" else 1)
+
+    @property
+    def times_run(self) -> int:
+        """How often its handler ran."""
+        return len(self.executions)
+
+    @property
+    def executed(self) -> Executed | None:
+        """What the caller was told: ``"yes"``, ``"no"`` or ``"unknown"``; None while it is under way."""
+        if self.outcome in ("replied", "failed"):
+            return "yes"
+        return self.error.executed if isinstance(self.error, CallError) else None
+
+    def __repr__(self) -> str:
+        return (
+            f"<{self.kind} {self.number} of node {self.caller} to {self.service!r} {self.server!r}: {self.outcome}, "
+            f"run {len(self.executions)} times, {len(self.asked)} attempts>"
+        )
+
+
+class EngineLike(Protocol):
+    """What is read of a simulated engine."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def protocol(self) -> NodeProtocol: ...
+    @property
+    def room(self) -> int: ...
+    def unfinished(self) -> list[str]: ...
+
+
+class Invariants:
+    """The checks.
+
+    Args:
+        clock, trace: of the world.
+        ledger: all requests, by number.
+        is_strict: whether the first breach raises :class:`InvariantBroken`; otherwise breaches are collected.
+
+    Attributes:
+        broken: every breach so far (at most 100): what, when, seed, and the steps before it.
+    """
+
+    def __init__(self, clock: Clock, trace: Trace, ledger: list[Entry], *, is_strict: bool = True) -> None:
+        self.broken: list[str] = []
+        self.is_strict = is_strict
+        self._clock = clock
+        self._trace = trace
+        self._ledger = ledger
+
+    def enter(self, kind: str, caller: int, service: str, server: str, timeout: float) -> Entry:
+        """A new entry in the ledger, for a request made now."""
+        entry = Entry(len(self._ledger), kind, caller, service, server, self._clock.now, timeout)
+        self._ledger.append(entry)
+        return entry
+
+    def fail(self, what: str) -> None:
+        """Note a breach.
+
+        Raises:
+            InvariantBroken: in a strict world.
+        """
+        text = "\n".join(
+            (f"{what} (seed {self._clock.seed}, at {self._clock.now:.6f} s); the last steps:", *self._trace.last())
+        )
+        if len(self.broken) < 100:
+            self.broken.append(text)
+        if self.is_strict:
+            raise InvariantBroken(text)
+
+    # At every step --------------------------------------------------------------------------------
+
+    def began(self, entry: Entry) -> None:
+        """A request was made: it must end by its deadline plus 100 ms."""
+        self._trace.step(BEGAN, entry.caller, 0, entry.number)
+        self._clock.at(entry.deadline + GRACE, self._overdue, entry)
+
+    def _overdue(self, entry: Entry) -> None:
+        if entry.outcome is None:
+            self.fail(f"{entry!r} has not ended {GRACE:g} s after its deadline")
+
+    def ended(self, entry: Entry) -> None:
+        """A request ended: once, in time, and what is said of its execution is true."""
+        outcome = entry.outcome or "other"
+        self._trace.step(ENDED, entry.caller, OUTCOMES.index(outcome if outcome in OUTCOMES else "other"), entry.number)
+        if entry.finishes != 1:
+            self.fail(f"{entry!r} ended {entry.finishes} times")
+        elif self._clock.now > entry.deadline + GRACE:
+            self.fail(f"{entry!r} ended {self._clock.now - entry.deadline:.3f} s after its deadline")
+        elif entry.executed == "no" and entry.executions:
+            self.fail(f"{entry!r} ended as not executed, and ran")
+        elif entry.executed == "yes" and not entry.executions:
+            self.fail(f"{entry!r} ended as executed, and did not run")
+
+    def replied(self, entry: Entry, number: int, by: bytes, asked: bytes) -> None:
+        """A reply was accepted: it must be for this request and from the peer that was asked."""
+        if number != entry.number:
+            self.fail(f"{entry!r} accepted the reply to request {number}")
+        elif by != asked:
+            self.fail(f"{entry!r} asked node {asked.hex()} and accepted a reply of node {by.hex()}")
+
+    def taken(self, engine: EngineLike, moved: list[Request]) -> None:
+        """Requests were taken in: within the inbox's room, and without more time than their callers gave."""
+        inbox = engine.protocol.inbox
+        if len(inbox.taken) > engine.room:
+            self.fail(
+                f"node {engine.index} has taken in {len(inbox.taken)} requests; its inbox has room for {engine.room}"
+            )
+        for request in moved:
+            entry = self.entry_of(request.body)
+            sent = entry.asked[-1][1] if entry.asked else entry.started
+            left = entry.deadline - sent + 0.002
+            if not request.queued and (request.deadline is None or request.deadline > self._clock.now + left):
+                self.fail(f"node {engine.index} gives {entry!r} more time than its caller does")
+
+    def ran(self, engine: EngineLike, request: Request) -> None:
+        """A handler begins to run: for the first time for this request, and not too late."""
+        entry = self.entry_of(request.body)
+        self._trace.step(RAN, engine.index, 0, entry.number)
+        entry.executions.append(Execution(self._clock.now, engine.protocol.id, request.server))
+        times = sum(each.node == engine.protocol.id and each.server == request.server for each in entry.executions)
+        if times > 1 if entry.idempotent else len(entry.executions) > 1:
+            self.fail(f"a handler ran again for {entry!r}")
+        elif request.deadline is not None and self._clock.now >= request.deadline:
+            self.fail(f"a handler ran for {entry!r} after its deadline")
+        elif entry.executed == "no":
+            self.fail(f"a handler ran for {entry!r}, whose caller was told that none did")
+        elif (entry.service, entry.server or request.server) != (request.service, request.server):
+            self.fail(f"{request.service!r} at {request.server!r} ran {entry!r}")
+
+    def entry_of(self, body: bytes | memoryview) -> Entry:
+        """The ledger's entry for the body of a request."""
+        number: int = ENTRY_NUMBER.unpack_from(body)[0]
+        return self._ledger[number]
+
+    def chose(self, engine: EngineLike, route: Route) -> None:
+        """A route was chosen: a usable peer whose record offers this."""
+        wrong = _against_route(route.peer, route.service, route.server)
+        if wrong:
+            self.fail(f"node {engine.index} chose a route to a peer {wrong}")
+
+    # At rest --------------------------------------------------------------------------------------
+
+    def at_rest(self, engines: Iterable[EngineLike]) -> None:
+        """Nothing is under way any more: no table holds anything, and the routes are those of the peers."""
+        for entry in self._ledger:
+            if entry.outcome is None:
+                self.fail(f"{entry!r} has not ended")
+        for engine in engines:
+            inbox = engine.protocol.inbox
+            left = engine.unfinished()
+            if inbox.taken or inbox.taken_bytes or inbox.outgoing or inbox.timer() is not None:
+                left.append(f"{len(inbox.taken)} requests ({inbox.taken_bytes} bytes) taken in and not finished")
+            for peer in engine.protocol.peers.peers.values():
+                if any(peer.calls.pending):  # number 0 is the hello
+                    left.append(f"{len(peer.calls.pending)} calls to node {peer.id.hex()}")
+            if left:
+                self.fail(f"node {engine.index} at rest holds " + ", ".join(left))
+            self.routes(engine)
+
+    def routes(self, engine: EngineLike) -> None:
+        """Routes list every usable peer with a record, and nothing else."""
+        listed: set[tuple[bytes, str, str]] = set()
+        for service, routes in engine.protocol.routes.by_service.items():
+            for route in routes:
+                wrong = _against_route(route.peer, service, route.server)
+                if wrong or engine.protocol.peers.peers.get(route.peer.id) is not route.peer:
+                    self.fail(f"node {engine.index} lists a route to a peer {wrong or 'it does not know'}")
+                listed.add((route.peer.id, service, route.server))
+        for peer in engine.protocol.peers.peers.values():
+            if peer.record is None or peer.state not in USABLE or peer.record.state != "serving":
+                continue
+            for service, servers in peer.record.services.items():
+                if not all((peer.id, service, server) in listed for server in servers):
+                    self.fail(f"node {engine.index} lists no route to node {peer.id.hex()}, which is {peer.state}")
+
+    def messages(self, sent: int, links: int, beats: int) -> None:
+        """All messages are explained by what was asked for and by connections opened; none by how many nodes there are.
+
+        Args:
+            sent: messages in the whole run; ``links``: connections opened; ``beats``: signs of life asked for.
+        """
+        attempts = sum(len(entry.asked) for entry in self._ledger)
+        # A request, its answer (or two, where it met a duplicate) and a cancellation; a hello, its answer, a goodbye.
+        most = 4 * attempts + 4 * links + beats
+        if sent > most:
+            self.fail(f"{sent} messages for {attempts} attempts and {links} connections, which explain {most}")
+
+
+ENTRY_NUMBER = struct.Struct("<Q")
+REPLY_BODY = struct.Struct("<Q16s")
+
+
+def _against_route(peer: Peer, service: str, server: str) -> str:
+    record: Any = peer.record
+    if record is None:
+        return "without a record"
+    if peer.state not in USABLE:
+        return f"that is {peer.state}"
+    if record.state != "serving" or server not in record.services.get(service, ()):
+        return f"whose record does not offer {service!r} at {server!r}"
+    return ""
