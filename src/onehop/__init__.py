@@ -2,10 +2,10 @@
 
 A server, and a client in another process::
 
-    import onehop
-    onehop.Node().serve("clock", {"read": time.time})
+    node = onehop.Node()
+    node.serve("clock", {"read": time.time})
+    node.run()
 
-    import onehop
     onehop.Node().call("clock", "read")
 
 Names are loaded when they are used, so that importing this package costs nothing.

@@ -44,14 +44,17 @@ def encode(value: Any) -> bytes:
         EncodeError: it holds something without a form; names the type.
     """
     try:
-        return _encode(value)
-    except OverflowError:
-        # The encoder does not ask its hook about large integers; they are rare, so only then is the value walked.
-        return _encode(_with_big_integers(value))
+        try:
+            return _encode(value)
+        except OverflowError:
+            # The encoder does not ask its hook about large integers; they are rare, so only then is the value walked.
+            return _encode(_with_big_integers(value))
     except EncodeError:
         raise
     except RecursionError:
         raise EncodeError("the value is nested too deeply, or contains itself") from None
+    except OverflowError:
+        raise EncodeError("an integer beyond 64 bits has no form as a key, or inside an object") from None
     except (TypeError, ValueError, UnicodeError) as error:
         raise EncodeError(f"the value has no form on the wire: {error}") from error
 

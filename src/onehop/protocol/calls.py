@@ -166,14 +166,21 @@ class CallTable:
 
     def lose(self, why: str) -> list[Call]:
         """End every call as LOST; returns them."""
+        return self._end_all(LOST, why)
+
+    def refuse(self, reason: str, text: str = "") -> list[Call]:
+        """End every call as REJECTED: the peer said that it runs none of them; returns them."""
+        return self._end_all(REJECTED, (reason, text))
+
+    def _end_all(self, outcome: str, body: Any) -> list[Call]:
         lost: list[Call] = []
         while self.pending:
             try:
                 _id, call = self.pending.popitem()
             except KeyError:  # another thread took the last one
                 break
-            call.body = why
-            call.outcome = LOST
+            call.body = body
+            call.outcome = outcome
             lost.append(call)
         return lost
 

@@ -203,6 +203,9 @@ class Inbox:
             self.counts["bad frames"] += 1
 
     def _hello(self, identity: bytes, hello: Hello, now: float) -> None:
+        if self.draining:
+            self._refuse(identity, 0, "draining")
+            return
         if hello.oldest > wire.VERSION or hello.version < wire.OLDEST:
             # Both sides must be able to say which versions they speak: answered, not taken in (wire 3.1).
             self.counts["version mismatches"] += 1
@@ -333,10 +336,14 @@ class Inbox:
             self._beats.pop(request, None)
         return orphans
 
-    def drain(self, text: str = "") -> None:
-        """Take in nothing more, and say so to every connection."""
+    def drain(self, text: str = "", *, final: bool = False) -> None:
+        """Take in nothing more, and say so to every connection.
+
+        Args:
+            final: everything taken is answered, so that what a caller still waits for certainly did not run.
+        """
         self.draining = True
-        self.outgoing.extend((identity, wire.goodbye(text)) for identity in self.senders)
+        self.outgoing.extend((identity, wire.goodbye(text, final=final)) for identity in self.senders)
 
     def handle_timer(self, now: float) -> None:
         """Heartbeats that are due for monitored requests, and probes of silent connections."""

@@ -67,8 +67,10 @@ class NodeProtocol:
         first, host, realm, release = peer.calls.last + 1, self.host, self.realm, self.release
         return wire.hello(wire.Hello(self.id, peer.id, first=first, host=host, realm=realm, release=release))
 
-    def control(self, peer: Peer, frame: bytes, now: float) -> bool:
+    def control(self, peer: Peer, frame: bytes, now: float, ended: list[Call]) -> bool:
         """Take in a frame from ``peer`` that is for no call; True when it makes the peer ready.
+
+        Appends to ``ended`` the calls that it ends: those under way at a final goodbye did not run.
 
         Raises:
             WireError: the frame breaks the wire format.
@@ -90,6 +92,8 @@ class NodeProtocol:
         if head.kind == wire.GOODBYE:
             if self.peers.event(peer, states.GOODBYE, now):
                 self._update([peer])
+            if head.flags & wire.FINAL:
+                ended.extend(peer.calls.refuse("draining"))
         elif head.kind != wire.PING:  # a probe asks nothing of us (wire 3.12)
             raise WireError(f"kind {head.kind} does not go from a server to a caller")
         return False

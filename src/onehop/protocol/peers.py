@@ -98,30 +98,28 @@ class PeerTable:
         self.peers: dict[bytes, Peer] = {}
         self._random = random
         self._highest = 0
+        self._view: dict[str, RecordLike] = {}
 
     def learn(self, records: Iterable[RecordLike]) -> list[Peer]:
         """Take in the whole view of a registry; returns the peers of which something changed.
 
         A peer without a record is no route any more, but keeps its connection: what it took it may still answer.
         """
-        present: dict[bytes, RecordLike] = {}
-        for record in records:
-            try:
-                id = bytes.fromhex(record.node)
-            except ValueError:
-                continue
-            if len(id) == 16 and record.endpoints:
-                present[id] = record
+        before, self._view = self._view, {record.node: record for record in records if record.endpoints}
         changed = []
-        for id, record in present.items():
-            peer = self.peers.get(id)
-            if peer is None:
-                peer = self.peers[id] = Peer(id, None, self._highest + 1)
-            if peer.record is not record:
+        for node, record in self._view.items():
+            if before.get(node) is record:
+                continue  # most records of a view are those of the last one: nothing to look at
+            id = _node_id(node)
+            if id is not None:
+                peer = self.peers.get(id)
+                if peer is None:
+                    peer = self.peers[id] = Peer(id, None, self._highest + 1)
                 peer.record = record
                 changed.append(peer)
-        for id, peer in list(self.peers.items()):
-            if id not in present and peer.record is not None:
+        for node in [node for node in before if node not in self._view]:
+            peer = self.peers.get(_node_id(node) or b"")
+            if peer is not None:
                 peer.record = None
                 self.event(peer, FORGOTTEN)
                 changed.append(peer)
@@ -158,3 +156,12 @@ class PeerTable:
         for peer in rested:
             self.event(peer, RESTED, now)
         return rested
+
+
+def _node_id(name: str) -> bytes | None:
+    """The id that a record names; None where it is none."""
+    try:
+        id = bytes.fromhex(name)
+    except ValueError:
+        return None
+    return id if len(id) == 16 else None

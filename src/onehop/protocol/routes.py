@@ -6,6 +6,7 @@ reads it without a lock.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -70,9 +71,11 @@ class Routes:
                 come.setdefault(route.service, []).append(route)
             peer.offered = offered
         for service in {**gone, **come}:
-            left_out = gone.get(service, {})
-            kept = [route for route in table.get(service, ()) if route.peer.id not in left_out]
-            routes = sorted(kept + come.get(service, []), key=_node_id)
+            routes = list(table.get(service, ()))
+            for id in gone.get(service, ()):
+                del routes[bisect_left(routes, id, key=_node_id) : bisect_right(routes, id, key=_node_id)]
+            for route in come.get(service, ()):
+                insort(routes, route, key=_node_id)
             if routes:
                 table[service] = tuple(routes)
             else:

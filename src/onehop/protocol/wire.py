@@ -49,8 +49,10 @@ STREAM = 0x04
 FANOUT = 0x08
 MONITORED = 0x10
 ANSWER = 0x20
+FINAL = 0x40
 _FLAGS = {
     HELLO: ANSWER,
+    GOODBYE: FINAL,
     REQUEST: BODY_FOLLOWS | STREAM | MONITORED,
     CAST: BODY_FOLLOWS | FANOUT,
     REPLY: BODY_FOLLOWS | FAILED | STREAM,
@@ -263,9 +265,9 @@ def rejection(frame: bytes) -> tuple[str, str]:
     return reason, frame[HEADER_SIZE:].decode("utf-8", "replace")
 
 
-def goodbye(text: str = "") -> bytes:
-    """A GOODBYE (wire 3.11): send me no more requests; I finish what I took."""
-    return HEADER.pack(GOODBYE, 0, 0, 0, 0) + text.encode("utf-8", "replace")[:1024]
+def goodbye(text: str = "", *, final: bool = False) -> bytes:
+    """A GOODBYE (wire 3.11): send me no more requests; I finish what I took, or (final) have finished it."""
+    return HEADER.pack(GOODBYE, FINAL if final else 0, 0, 0, 0) + text.encode("utf-8", "replace")[:1024]
 
 
 def hello(content: Hello, *, is_answer: bool = False) -> bytes:

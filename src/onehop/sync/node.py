@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -226,6 +227,32 @@ class Node:
             f"<Node {now.node[:8]} on {now.host}: {len(now.peers)} peers ({ready} ready) | "
             f"{flight} requests under way, {now.taken} taken>"
         )
+
+    def run(self) -> bool:
+        """Serve until SIGTERM or SIGINT comes, or :meth:`close`; then drain and close. For the main thread.
+
+        A second signal during the drain ends the process as usual.
+
+        Returns:
+            Whether everything taken was answered.
+
+        Raises:
+            SettingsError: called from another thread, to which no signal comes.
+        """
+        stop = threading.Event()
+        try:
+            before = {each: signal.signal(each, lambda *_: stop.set()) for each in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:
+            raise SettingsError("run() waits for signals, which come to the main thread only: call it there") from None
+        try:
+            while not self._closed and not stop.wait(0.5):
+                pass
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+        drained = self.drain()
+        self.close()
+        return drained
 
     # Ending ---------------------------------------------------------------------------------------
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("onehop")
 
+SIGN_INTERVAL = 1.0
+"""Seconds between signs of life to the reader of a stream that asks for no more items."""
+
 _running: ContextVar[Request | None] = ContextVar("onehop_running", default=None)
 
 
@@ -122,7 +125,9 @@ class Server:
                 while request.granted <= sent:
                     if engine.expired(request) or engine.closed:
                         return False
-                    acquire(lock, 1.0)
+                    if not acquire(lock, SIGN_INTERVAL):
+                        # A reader that is gone is noticed only by sending to it.
+                        engine.inbound.answer(request, wire.pack(wire.PROGRESS, id=request.id), last=False)
                 if engine.expired(request):
                     return False
                 frame = wire.answer(wire.ITEM, 0, request.id, body, number=sent & 0xFFFF_FFFF)

@@ -116,7 +116,7 @@ class _MemoryLink(LinkSocket):
             self._connection.monitor_edge.arm()
             return self._connection.ended
 
-    def close(self) -> None:
+    def close(self, linger: float) -> None:
         with self._connection.lock:
             self._connection.end("closed here")
             self._connection.client_edge.close()

@@ -36,8 +36,8 @@ class LinkSocket(Protocol):
     def ended(self) -> str | None:
         """Why the connection ended or could not be made; None while it is being made or stands."""
 
-    def close(self) -> None:
-        """Give it back. What was not sent is lost."""
+    def close(self, linger: float) -> None:
+        """Give it back, letting what was handed over leave for up to ``linger`` seconds."""
 
 
 class InboundSocket(Protocol):

@@ -54,6 +54,8 @@ inherited: ContextVar[float | None] = ContextVar("onehop_deadline", default=None
 
 HANDSHAKE = 5.0
 """Seconds a peer has to answer a hello."""
+GOODBYE_LINGER = 0.1
+"""Seconds that a goodbye may take to leave when the node is closed."""
 BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
 TICK = 0.1
@@ -218,9 +220,10 @@ class Engine:
 
     def _control(self, peer: Peer, link: Link, frame: bytes) -> None:
         """A frame from ``peer`` that is for no call."""
+        ended: list[Call] = []
         try:
             with self.changed:
-                ready = self.protocol.control(peer, frame, monotonic())
+                ready = self.protocol.control(peer, frame, monotonic(), ended)
                 self.changed.notify_all()
         except WireError:
             raise
@@ -228,6 +231,7 @@ class Engine:
             link.error = error
             self._lost(peer, link, str(error))
             return
+        link.tell(ended)
         if ready:
             link.answered()
 
@@ -540,13 +544,14 @@ class Engine:
                 self.inbound.change(Inbox.drain, "draining")
         inbox = self.protocol.inbox
         pause = threading.Event()
-        while True:
-            owed = [request for request in list(inbox.taken) if queue is None or request.target is queue]
-            if not owed:
-                return True
+        while any(queue is None or request.target is queue for request in list(inbox.taken)):
             if monotonic() >= until:
                 return False
             pause.wait(0.005)
+        if queue is None and self.inbound is not None:
+            # Replies went before it on each connection: what a caller has no answer to now did not run.
+            self.inbound.change(lambda inbox: inbox.drain("drained", final=True))
+        return True
 
     # Housekeeping ---------------------------------------------------------------------------------
 
@@ -564,7 +569,7 @@ class Engine:
                 links = list(self._links.items())
                 ended, self._ended_links = self._ended_links, []
             for link in ended:
-                link.close()
+                link.close(0.0)
             monitors = [link.socket.monitor_fd for _, link in links if link.ended is None]
             alone = self.inbound is not None and not self.inbound.has_receiver
             due = self.protocol.inbox.timer()
@@ -653,10 +658,10 @@ class Engine:
         if self._keeper is not None and self._keeper is not threading.current_thread():
             self._keeper.join(5.0)
         for _id, link in links:
+            link.post(None, wire.goodbye())
             link.end("this node was closed")
-            link.close()
-        for link in self._ended_links:
-            link.close()
+        for link in [*(link for _id, link in links), *self._ended_links]:
+            link.close(GOODBYE_LINGER)
         if self.inbound is None or self.inbound.close(linger):
             self.carrier.close()
 

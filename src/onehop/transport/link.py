@@ -287,12 +287,15 @@ class Link:
         self._wake.set()
         return True
 
-    def close(self) -> None:
-        """Give the socket back; after :meth:`end`. Waits for the leader to leave, which it does at once."""
+    def close(self, linger: float) -> None:
+        """Give the socket back, letting what was sent leave for ``linger`` seconds; after :meth:`end`.
+
+        Waits for the leader to leave, which it does at once.
+        """
         self._lead.acquire()
         self._lock.acquire()
         try:
-            self.socket.close()
+            self.socket.close(linger)
         finally:
             self._lock.release()
             self._lead.release()

@@ -144,10 +144,10 @@ class _Link(_Socket):
             self._ended = known.get(event, f"the handshake failed ({event.name})")
         return self._ended
 
-    def close(self) -> None:
+    def close(self, linger: float) -> None:
         self._socket.disable_monitor()
         self._monitor.close(0)
-        self._socket.close(0)
+        self._socket.close(int(linger * 1000))
 
 
 class _Inbound(_Socket):
