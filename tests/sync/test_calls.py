@@ -183,7 +183,7 @@ def test_call_ends_at_its_deadline(node, gate, deadline) -> None:
 
 def test_timed_out_call_says_that_it_may_have_run(node, gate) -> None:
     node().serve("clock", gate)
-    with pytest.raises(CallTimeout, match="'hold' of service 'clock'.*did not answer within") as caught:
+    with pytest.raises(CallTimeout, match=r"'hold' of service 'clock'.*did not answer within") as caught:
         node().client("clock", timeout=0.2).call("hold")
     assert caught.value.executed == "unknown"
     assert isinstance(caught.value, TimeoutError)
