@@ -270,9 +270,7 @@ def main() -> None:
     servers = []
     for topic in TOPICS.get(given.role, ()):
         endpoint = ENDPOINTS[given.role](given.host, ledger, sender)
-        server = oslo_messaging.get_rpc_server(
-            transport, target(topic, given.prefix, given.host), [endpoint], executor="threading"
-        )
+        server = oslo_messaging.get_rpc_server(transport, target(topic, given.prefix, given.host), [endpoint])
         server.start()
         servers.append(server)
     api = Api(sender, given.rate)

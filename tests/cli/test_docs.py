@@ -1,0 +1,104 @@
+"""The pages say what is so: made pages are current, tables are complete, links lead somewhere, the tutorial runs."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onehop import Settings, errors
+from onehop.protocol.wire import REASONS
+
+ROOT = Path(__file__).parent.parent.parent
+DOCS = ROOT / "docs"
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def cells(page: str) -> list[list[str]]:
+    lines = [line for line in (DOCS / page).read_text().splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_the_page_of_the_command_line_is_current(start: Start) -> None:
+    out, err = start(command=(sys.executable, str(DOCS / "cli_reference.py"))).communicate(timeout=30)
+    assert out == (DOCS / "reference" / "cli.md").read_text(), (
+        f"run: python docs/cli_reference.py > docs/reference/cli.md {err}"
+    )
+
+
+def test_each_setting_is_on_its_page_with_its_default() -> None:
+    told = {row[0]: row[1] for row in cells("reference/settings.md") if len(row) == 3}
+    for each in fields(Settings):
+        default = each.default if not isinstance(each.default, str) else f'"{each.default}"'
+        assert told.get(f"`{each.name}`") == f"`{default}`", each.name
+    assert len(told) == len(fields(Settings)) + 2  # the head of the table and the line under it
+
+
+def test_each_error_is_on_its_page_with_what_it_says_of_execution() -> None:
+    page = (DOCS / "reference" / "errors.md").read_text()
+    rows = {row[0].strip("`"): row for row in cells("reference/errors.md")}
+    for name, each in vars(errors).items():
+        if isinstance(each, type) and issubclass(each, errors.OnehopError):
+            assert re.search(rf"^ *{name}$", page, re.MULTILINE), f"{name} is not in the tree"
+            assert len(rows[name]) >= 3, name
+            if issubclass(each, errors.CallError) and each is not errors.CallError:
+                assert rows[name][2].startswith(f"`{each.executed}`"), name
+
+
+def test_each_reason_of_a_rejection_is_on_the_page() -> None:
+    page = (DOCS / "reference" / "errors.md").read_text()
+    assert [reason for reason in REASONS if f"`{reason}`" not in page] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / "intro" / "tutorial.md").read_text(), re.DOTALL)
+
+
+def served(process: subprocess.Popen[str], run: Callable[..., Any], eventually: Callable[..., None]) -> None:
+    eventually(lambda: run("ping", "clock").code == 0 or process.poll() is not None, 20)
+    assert process.poll() is None, process.communicate()
+
+
+def test_three_lines_make_a_server_and_three_a_client(
+    start: Start, run: Callable[..., Any], eventually: Callable[..., None]
+) -> None:
+    server, client = blocks()[:2]
+    assert len(server.splitlines()) == len(client.splitlines()) == 3
+    process = start(command=(sys.executable, "-c", server))
+    served(process, run, eventually)
+    out, err = start(command=(sys.executable, "-c", client)).communicate(timeout=20)
+    assert float(out) > 0, err
+    assert float(run("call", "clock", "read").out) > 0
+
+
+def test_the_tutorial_runs(
+    start: Start, run: Callable[..., Any], eventually: Callable[..., None], tmp_path: Path
+) -> None:
+    service, calls, failing = blocks()[2:5]
+    (tmp_path / "clock.py").write_text(service)
+    process = start("serve", "clock:Clock", cwd=tmp_path)
+    served(process, run, eventually)
+    assert run("call", "clock", "read", "zone=cet").json["zone"] == "cet"
+    assert run("call", "clock", "weekday", "2025-01-01T12:00:00Z").out == "Wednesday\n"
+    assert run("call", "clock", "ticks", "2", "--stream").out == "0\n1\n"
+    out, err = start(command=(sys.executable, "-c", calls + failing)).communicate(timeout=30)
+    lines = out.splitlines()
+    assert len(lines) == 8, out + err
+    assert lines[0][:15] == lines[1][:15] == "{'zone': 'cet',"
+    assert lines[2:5] == ["0", "1", "2"]
+    assert "outcome='taken'" in lines[5]
+    assert lines[7].startswith("CallTimeout unknown 'sleep' of service 'clock'")
+    process.send_signal(signal.SIGKILL)
