@@ -114,9 +114,13 @@ def test_drain_finishes_what_was_taken_and_takes_nothing_new(node, gate, backgro
     held = client.start("hold", "done")
     gate.wait_entered()
     draining = background(server.drain, 10.0)
-    with pytest.raises((NoRoute, Rejected)) as caught:
+
+    def call_until_refused() -> None:
         while True:
             client.call("read")
+
+    with pytest.raises((NoRoute, Rejected)) as caught:
+        call_until_refused()
     assert caught.value.executed == "no"
     assert not draining.ended
     gate.open.set()
