@@ -64,6 +64,7 @@ class Link:
         self.bad_frames = 0
         self.began = monotonic()
         self.opening = new_lock()
+        self._closed = False
         self.hello = Call(wire.HELLO)
         calls.pending[0] = self.hello
         self._control = control
@@ -290,12 +291,14 @@ class Link:
     def close(self, linger: float) -> None:
         """Give the socket back, letting what was sent leave for ``linger`` seconds; after :meth:`end`.
 
-        Waits for the leader to leave, which it does at once.
+        Waits for the leader to leave, which it does at once. May be called twice.
         """
         self._lead.acquire()
         self._lock.acquire()
         try:
-            self.socket.close(linger)
+            if not self._closed:
+                self._closed = True
+                self.socket.close(linger)
         finally:
             self._lock.release()
             self._lead.release()
