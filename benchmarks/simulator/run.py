@@ -91,8 +91,7 @@ def serve(options: argparse.Namespace) -> None:
     for server in servers:
         server.start()
     say("ready")
-    sys.stdin.readline()
-    os._exit(0)
+    threading.Event().wait()  # until killed
 
 
 def send(options: argparse.Namespace) -> None:
