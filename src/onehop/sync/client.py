@@ -101,7 +101,7 @@ class Client:
         unknown = options.keys() - self._options.keys()
         if unknown:
             raise SettingsError(f"no option is called {unknown.pop()!r}; there are: {', '.join(self._options)}")
-        return Client(self._node, self.service, **{**self._options, **options})
+        return self._node.client(self.service, **{**self._options, **options})
 
     @property
     def proxy(self) -> Proxy:

@@ -16,8 +16,9 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
-from onehop.errors import NodeClosed, SettingsError
+from onehop.errors import NodeClosed, SettingsError, WireError
 from onehop.interfaces import Record, Registry
+from onehop.protocol import wire
 from onehop.registry import open_registry
 from onehop.registry.local import LocalRegistry
 from onehop.settings import Settings, from_environment, revise
@@ -120,7 +121,7 @@ class Node:
         Raises:
             SettingsError, RegistryError, ResourceLimit, NodeClosed: it cannot be offered; says what to change.
         """
-        return Server(self, _checked_name(service), server or self.settings.host_name, handler, workers)
+        return Server(self, _checked_name(service, server), server or self.settings.host_name, handler, workers)
 
     def listen(self, service: str | Sequence[str], *, server: str = "") -> Listener:
         """Offer ``service`` (or several as one) without handlers: the caller polls for requests and answers them.
@@ -129,13 +130,13 @@ class Node:
             server: the name of this instance; the host's name where empty.
         """
         names = (service,) if isinstance(service, str) else tuple(service)
-        return Listener(self, tuple(_checked_name(name) for name in names), server or self.settings.host_name)
+        return Listener(self, tuple(_checked_name(name, server) for name in names), server or self.settings.host_name)
 
     # Calling --------------------------------------------------------------------------------------
 
     def client(self, service: str, **options: Any) -> Client:
         """A client of ``service``; ``options`` as in :meth:`Client.options`. Cheap, and safe to share among threads."""
-        return Client(self, _checked_name(service), **options)
+        return Client(self, _checked_name(service, options.get("server", "")), **options)
 
     def _client(self, service: str) -> Client:
         client = self._clients.get(service)
@@ -317,7 +318,11 @@ def _close_nodes() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _checked_name(service: str) -> str:
+def _checked_name(service: str, server: str = "") -> str:
     if not isinstance(service, str) or not service:
         raise SettingsError(f"service is {service!r}; it must be a name, such as 'clock'")
+    try:
+        wire.names(service, server, "")
+    except WireError as error:
+        raise SettingsError(str(error)) from None
     return service
