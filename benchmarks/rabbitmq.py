@@ -176,4 +176,8 @@ def greets(port: int) -> bool:
 if __name__ == "__main__":
     with RabbitMQ() as running:
         print(running.url, "pid", running.pid, flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        parent, told = os.getppid(), {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, told)
+        # Until told to end, or until whoever started it has gone.
+        while os.getppid() == parent and not signal.sigtimedwait(told, 1):
+            pass
