@@ -285,8 +285,8 @@ class Engine:
                 call.items = deque()
             if link.calls.full(len(body)):
                 self._fail(attempt.window_full())
-            id = link.calls.begin(call)
             section = terms.section(route.server, method)
+            id = link.calls.begin(call)
             frame = wire.request(kind, flags, id, attempt.until - monotonic(), monitor, section, body)
             if link.ended is not None and link.calls.give_up(call):
                 self._again(attempt, attempt.not_sent())
@@ -452,11 +452,11 @@ class Engine:
         call = attempt.call = Call(kind, until, len(body))
         if link.calls.full(len(body)):
             raise attempt.window_full()
+        section = terms.section(route.server, attempt.method)
         id = link.calls.begin(call)
         if kind == wire.PING:
             frame: wire.Frame = wire.pack(wire.PING, id=id)
         else:
-            section = terms.section(route.server, attempt.method)
             monitor = terms.monitor if kind == wire.REQUEST else None
             frame = wire.request(kind, flags, id, until - monotonic(), monitor, section, body)
         if link.ended is not None and link.calls.give_up(call):
