@@ -82,8 +82,9 @@ class Surroundings(NamedTuple):
 class Target:
     """The queue of one instance of a service."""
 
-    def __init__(self, offer: Offer) -> None:
+    def __init__(self, offer: Offer, instance: int) -> None:
         self.offer = offer
+        self.instance = instance
         self.tasks: deque[Request] = deque()
         self.busy = 0
 
@@ -234,7 +235,7 @@ class VirtualEngine:
             messages=room,
             window_messages=window,
         )
-        self.targets = [Target(offer) for offer in offers]
+        self.targets = [Target(offer, instance) for instance, offer in enumerate(offers)]
         self.links: dict[bytes, EngineLink] = {}
         self.under_way: dict[int, Entry] = {}
         self.retried = 0
@@ -315,24 +316,28 @@ class VirtualEngine:
     def control(self, link: EngineLink, frame: bytes) -> None:
         """A frame of a peer that is for no call."""
         before = self.protocol.routes
+        ended: list[Call] = []
         try:
-            ready = self.protocol.control(link.peer, frame, self.clock.now)
+            ready = self.protocol.control(link.peer, frame, self.clock.now, ended)
         except WireError:
             raise
         except ProtocolError as error:
             link.error = error
             self.lost(link, str(error))
             return
+        for call in ended:
+            if call.waiter is not None:
+                call.waiter.resume()
         if ready:
             link.answered()
         self._routes_may_have_changed(before)
 
-    def lost(self, link: EngineLink, why: str) -> None:
+    def lost(self, link: EngineLink, why: str, linger: float = 0.0) -> None:
         """The connection is over: its calls end."""
         if link.ended is not None:
             return
         link.ended = why
-        link.socket.close()
+        link.socket.close(linger)
         peer = link.peer
         before = self.protocol.routes
         self.links.pop(peer.id, None)
@@ -606,8 +611,11 @@ class VirtualEngine:
             return
         if (self.protocol.inbox.taken or self.under_way) and self.clock.now < until:
             self.clock.after(TICK, self._drained, until)
-        else:
-            self.close()
+            return
+        if not self.protocol.inbox.taken:
+            self.protocol.inbox.drain("drained", final=True)
+            self._send_outgoing()
+        self.close()
 
     # Housekeeping ---------------------------------------------------------------------------------
 
@@ -650,7 +658,8 @@ class VirtualEngine:
         self.registry.withdraw(self.protocol.id.hex())
         self.registry.leave(self)
         for link in list(self.links.values()):
-            self.lost(link, "this node was closed")
+            link.post(None, wire.goodbye())
+            self.lost(link, "this node was closed", 0.1)
         waiters, self._changed = self._changed, []
         for task in waiters:
             task.resume()
@@ -669,7 +678,7 @@ class VirtualEngine:
         self.registry.leave(self)
         for link in list(self.links.values()):
             link.ended = "crashed"
-            link.socket.close()
+            link.socket.close(0.0)
         self.inbound.close(0.0)
 
     def unfinished(self) -> list[str]:

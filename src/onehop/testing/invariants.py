@@ -103,11 +103,12 @@ def _sentence(code: int, a: int, b: int, n: int) -> str:
 
 
 class Execution(NamedTuple):
-    """One run of a handler."""
+    """One run of a handler, by an instance of a service."""
 
     time: float
     node: bytes
     server: str
+    instance: int
 
 
 class Entry:
@@ -299,9 +300,11 @@ class Invariants:
         """A handler begins to run: for the first time for this request, and not too late."""
         entry = self.entry_of(request.body)
         self._trace.step(RAN, engine.index, 0, entry.number)
-        entry.executions.append(Execution(self._clock.now, engine.protocol.id, request.server))
-        times = sum(each.node == engine.protocol.id and each.server == request.server for each in entry.executions)
-        if times > 1 if entry.idempotent else len(entry.executions) > 1:
+        here = (engine.protocol.id, request.target.instance)
+        may_run_elsewhere = entry.idempotent or request.flags & wire.FANOUT
+        again = [each for each in entry.executions if not may_run_elsewhere or (each.node, each.instance) == here]
+        entry.executions.append(Execution(self._clock.now, here[0], request.server, here[1]))
+        if again:
             self.fail(f"a handler ran again for {entry!r}")
         elif request.deadline is not None and self._clock.now >= request.deadline:
             self.fail(f"a handler ran for {entry!r} after its deadline")

@@ -179,12 +179,12 @@ class Link:
         """Why the connection ended or could not be made; None while it is being made or stands."""
         return self._ended
 
-    def close(self) -> None:
-        """Give it back. Some of what was under way is lost."""
+    def close(self, linger: float) -> None:
+        """Give it back. Some of what was under way is lost, unless ``linger`` (seconds) is above 0."""
         if self._ended is None:
             self._ended = "closed here"
             self._down.drop()
-            self._up.end(lose=True)
+            self._up.end(lose=linger <= 0)
             self._network.forget(self)
 
     # What the network does ------------------------------------------------------------------------
