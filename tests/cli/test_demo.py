@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,12 @@ def processes_of_the_demo(parent: int) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def directory_of(child: int) -> Path:
+    """The demo's own directory."""
+    environment = Path(f"/proc/{child}/environ").read_bytes().decode()
+    return Path(environment.split("ONEHOP_RUN_DIRECTORY=")[1].split("\0")[0]).parent
 
 
 def gone(pid: int) -> bool:
@@ -88,13 +95,12 @@ def test_interrupted_demo_leaves_nothing_behind(
         return len(children) == 10
 
     eventually(all_there, 20)
-    directories = {Path(f"/proc/{child}/environ").read_bytes().split(b"ONEHOP_RUN_DIRECTORY=")[1].split(b"\0")[0]
-                   for child in children}  # fmt: skip
+    directories = {directory_of(child) for child in children}
     process.send_signal(number)
     process.communicate(timeout=20)
     assert process.returncode == code
     eventually(lambda: all(map(gone, children)))
-    assert [each for each in directories if os.path.exists(os.path.dirname(each))] == []
+    assert [each for each in directories if each.exists()] == []
 
 
 def test_processes_end_when_the_demo_is_killed(
@@ -105,8 +111,10 @@ def test_processes_end_when_the_demo_is_killed(
     process.stdout.readline()
     assert "all are ready" in process.stdout.readline()
     children = processes_of_the_demo(process.pid)
+    directory = directory_of(children[0])
     process.kill()
     eventually(lambda: all(map(gone, children)), 30)
+    shutil.rmtree(directory)
 
 
 def test_messages_are_as_large_as_novas() -> None:

@@ -290,7 +290,7 @@ def run(cluster: Cluster, seconds: float, show: Show) -> dict[str, Any]:
     settle(cluster, quiet + SETTLE_LIMIT, show)
     took = time.monotonic() - started
     cpu = sum(child.cpu - cpu_before.get(child.pid, 0.0) for child in cluster.children)
-    show.event("everything is stopped")
+    show.event("nothing is under way any more; stopping")
     cluster.stop()
     cluster.look()
     show.tick()
