@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -98,14 +99,21 @@ class RabbitMQ:
             )
         self.pid = self._process.pid
         self.url = f"rabbit://guest:guest@127.0.0.1:{port}/"
+        try:
+            self._await(port)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _await(self, port: int) -> None:
+        assert self._process is not None
         give_up = time.monotonic() + START_LIMIT
         while not greets(port):
             if self._process.poll() is not None or time.monotonic() > give_up:
                 text = (self._home / "output").read_text(errors="replace")[-2000:]
-                self.stop()
                 raise RuntimeError(f"RabbitMQ did not come up within {START_LIMIT:.0f} s:\n{text}")
             time.sleep(0.1)
-        return self
 
     def cpu_seconds(self) -> float:
         """Processor time that the broker has used, in seconds."""
@@ -174,10 +182,9 @@ def greets(port: int) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the broker is ended too
+    parent = os.getppid()
     with RabbitMQ() as running:
         print(running.url, "pid", running.pid, flush=True)
-        parent, told = os.getppid(), {signal.SIGINT, signal.SIGTERM}
-        signal.pthread_sigmask(signal.SIG_BLOCK, told)
-        # Until told to end, or until whoever started it has gone.
-        while os.getppid() == parent and not signal.sigtimedwait(told, 1):
-            pass
+        while os.getppid() == parent:  # until told to end, or until whoever started it has gone
+            time.sleep(1)
