@@ -1,6 +1,5 @@
 """A server: python clock_server.py, then clock_client.py in another terminal. Ctrl-C ends it."""
 
-import signal
 import time
 from datetime import UTC, datetime
 
@@ -34,11 +33,6 @@ class Clock:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with onehop.Node() as node:
-        server = node.serve("clock", Clock())
-        print("serving", server.service, "as", server.name, flush=True)
-        try:
-            signal.pause()
-        except KeyboardInterrupt:
-            node.drain()  # refuses what is new, finishes what was taken
+    server = onehop.Node().serve("clock", Clock())
+    print("serving", server.service, "as", server.name, flush=True)
+    server.run()  # until Ctrl-C or SIGTERM; then it refuses what is new and finishes what was taken

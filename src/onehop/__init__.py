@@ -2,9 +2,8 @@
 
 A server, and a client in another process::
 
-    node = onehop.Node()
-    node.serve("clock", {"read": time.time})
-    node.run()
+    server = onehop.Node().serve("clock", {"read": time.time})
+    server.run()
 
     onehop.Node().call("clock", "read")
 

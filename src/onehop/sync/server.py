@@ -138,6 +138,10 @@ class Server:
                 close()
         return True
 
+    def run(self) -> bool:
+        """:meth:`onehop.Node.run`: serve until SIGTERM or SIGINT, then drain."""
+        return self._node.run()
+
     def drain(self, timeout: float | None = None) -> bool:
         """Withdraw this instance and finish what it has taken; whether that was done within ``timeout`` seconds."""
         engine = self._engine
