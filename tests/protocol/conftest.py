@@ -83,7 +83,7 @@ class Conversation:
         if wire.kind_of(head) >= wire.FIRST_FOR_CALLS:
             self.peer.calls.receive(head, body, self.news)
             return False
-        return self.caller.control(self.peer, head, now)
+        return self.caller.control(self.peer, head, now, self.news)
 
     def connect(self, now: float = 0.0) -> None:
         """Open the connection: hello and its answer."""

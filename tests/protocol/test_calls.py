@@ -244,6 +244,14 @@ def test_lost_connection_ends_every_call_with_the_reason() -> None:
     assert not table.pending
 
 
+def test_refused_by_its_peer_every_call_ends_with_the_reason() -> None:
+    table = CallTable()
+    calls = [begun(table) for _ in range(2)]
+    assert sorted(table.refuse("draining", "bye"), key=lambda call: call.id) == calls
+    assert {(call.outcome, call.body) for call in calls} == {(REJECTED, ("draining", "bye"))}
+    assert not table.pending
+
+
 def test_call_taken_out_by_another_thread_while_the_rest_are_lost_is_not_lost() -> None:
     table = CallTable()
     table.pending = TakenMeanwhile({1: Call(wire.REQUEST), 2: Call(wire.REQUEST)})
@@ -311,11 +319,15 @@ def test_progress_is_a_sign_of_life_and_ends_nothing() -> None:
 
 # Any order ----------------------------------------------------------------------------------------
 
-ACTIONS = st.lists(st.tuples(st.sampled_from(["reply", "ack", "reject", "give up", "expire"]), st.integers(1, 6)), max_size=30)
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["reply", "ack", "reject", "give up", "expire"]), st.integers(1, 6)), max_size=30
+)
 
 
 @given(ACTIONS)
-def test_each_call_leaves_the_table_exactly_once_whatever_comes_in_whatever_order(actions: list[tuple[str, int]]) -> None:
+def test_each_call_leaves_the_table_exactly_once_whatever_comes_in_whatever_order(
+    actions: list[tuple[str, int]],
+) -> None:
     table = CallTable()
     calls = [begun(table, deadline=1.0) for _ in range(4)] + [begun(table, wire.CAST, deadline=1.0) for _ in range(2)]
     left: list[Call] = []

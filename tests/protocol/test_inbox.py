@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from onehop.protocol import wire
 from onehop.protocol.calls import REJECTED, REPLIED, TAKEN
 from onehop.protocol.inbox import (
-    ADDRESSES_KEPT, AGAIN, NEW, SILENT_AFTER, UNKNOWN, WINDOW_KEPT, WINDOWS_KEPT, Inbox, Request, Window,
+    ADDRESSES_KEPT,
+    AGAIN,
+    NEW,
+    SILENT_AFTER,
+    UNKNOWN,
+    WINDOW_KEPT,
+    WINDOWS_KEPT,
+    Inbox,
+    Request,
+    Window,
 )  # fmt: skip
 
 OTHER = b"another-node-001"
@@ -43,11 +52,7 @@ class PlainWindow:
         return NEW
 
 
-@given(
-    reach=st.integers(1, 8),
-    first=st.integers(1, 30),
-    steps=st.lists(st.integers(-12, 12), max_size=120),
-)
+@given(reach=st.integers(1, 8), first=st.integers(1, 30), steps=st.lists(st.integers(-12, 12), max_size=120))
 def test_window_tells_new_from_seen_as_one_that_remembers_everything(reach: int, first: int, steps: list[int]) -> None:
     window, plain = Window(reach, first), PlainWindow(reach, first)
     at = first
@@ -128,6 +133,14 @@ def test_hello_without_a_common_version_is_answered_and_its_sender_not_known(str
     assert wire.parse_hello(frame).node == strangers.server.id
     assert not strangers.inbox.senders
     assert strangers.inbox.counts == {"version mismatches": 1}
+
+
+def test_draining_server_refuses_a_hello(strangers: Any) -> None:
+    strangers.inbox.drain()
+    strangers.carry(hello_of(OTHER))
+    [(_, frame)] = strangers.inbox.outgoing
+    assert (wire.header(frame).id, wire.rejection(frame)[0]) == (0, "draining")
+    assert not strangers.inbox.senders
 
 
 def test_hello_of_a_newer_peer_that_still_speaks_our_version_is_taken(strangers: Any) -> None:
@@ -572,7 +585,8 @@ def test_connection_that_sends_is_not_probed(talk: Any) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["request", "cast", "fanout", "cancel", "finish", "lose", "hello", "timer"]), st.integers(1, 12)
+            st.sampled_from(["request", "cast", "fanout", "cancel", "finish", "lose", "hello", "timer"]),
+            st.integers(1, 12),
         ),
         max_size=60,
     )

@@ -16,11 +16,15 @@ from onehop.protocol.inbox import Inbox
 FOLDER = Path(__file__).parent / "vectors"
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference" / "wire.md").read_text()
-KIND_NAMES = {getattr(wire, name): name for name in (
-    "HELLO", "REQUEST", "CAST", "CREDIT", "CANCEL", "GOODBYE", "PING", "ACK", "REPLY", "ITEM", "PROGRESS", "REJECT", "PONG",
-)}  # fmt: skip
+KIND_NAMES = {
+    getattr(wire, name): name
+    for name in (
+        "HELLO", "REQUEST", "CAST", "CREDIT", "CANCEL", "GOODBYE", "PING", "ACK", "REPLY", "ITEM", "PROGRESS", "REJECT",
+        "PONG",
+    )
+}  # fmt: skip
 FLAG_NAMES = {
-    name: getattr(wire, name) for name in ("BODY_FOLLOWS", "FAILED", "STREAM", "FANOUT", "MONITORED", "ANSWER")
+    name: getattr(wire, name) for name in ("BODY_FOLLOWS", "FAILED", "STREAM", "FANOUT", "MONITORED", "ANSWER", "FINAL")
 }
 
 
@@ -64,7 +68,11 @@ def names_of(vector: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def hello_of(vector: dict[str, Any]) -> wire.Hello:
-    given = {key: vector[key] for key in ("version", "oldest", "features", "first", "host", "realm", "release") if key in vector}
+    given = {
+        key: vector[key]
+        for key in ("version", "oldest", "features", "first", "host", "realm", "release")
+        if key in vector
+    }
     given |= {key: octets(vector[key]) for key in ("node", "expected", "key", "grant") if key in vector}
     return wire.Hello(**given)
 
@@ -89,7 +97,7 @@ def encode(vector: dict[str, Any]) -> wire.Frame:
         case "REJECT":
             return wire.reject(id, vector["reason"], vector.get("text", ""))
         case "GOODBYE":
-            return wire.goodbye(vector.get("text", ""))
+            return wire.goodbye(vector.get("text", ""), final=bool(flags))
         case _:
             return wire.pack(kind, flags, number=vector.get("items", 0), id=id)
 
@@ -135,7 +143,9 @@ def meaning(vector: dict[str, Any]) -> dict[str, Any]:
     }
     if "method" in vector:
         plain["names"] = names_of(vector)
-    return plain | {key: value for key, value in (("flags", set(vector.get("flags", []))), ("body", body_of(vector))) if value}
+    return plain | {
+        key: value for key, value in (("flags", set(vector.get("flags", []))), ("body", body_of(vector))) if value
+    }
 
 
 @pytest.mark.parametrize("vector", VECTORS)

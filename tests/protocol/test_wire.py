@@ -13,7 +13,9 @@ from onehop.errors import WireError
 from onehop.protocol import wire
 
 IDS = st.integers(1, 2**64 - 1)
-BODIES = st.one_of(st.binary(max_size=64), st.sampled_from([wire.SECOND_FRAME_FROM - 1, wire.SECOND_FRAME_FROM]).map(bytes))
+BODIES = st.one_of(
+    st.binary(max_size=64), st.sampled_from([wire.SECOND_FRAME_FROM - 1, wire.SECOND_FRAME_FROM]).map(bytes)
+)
 # Any str whose bytes can be told apart again: no lone surrogate but those that stand for a byte.
 NAMES = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=63),
@@ -29,7 +31,9 @@ def second_of(frame: wire.Frame) -> tuple[bytes, bytes | memoryview | None]:
 # Header -------------------------------------------------------------------------------------------
 
 
-@given(kind=st.sampled_from(sorted(wire.KINDS)), extent=st.integers(0, 2**16 - 1), number=st.integers(0, 2**32 - 1), id=IDS)
+@given(
+    kind=st.sampled_from(sorted(wire.KINDS)), extent=st.integers(0, 2**16 - 1), number=st.integers(0, 2**32 - 1), id=IDS
+)
 def test_header_reads_what_was_packed(kind: int, extent: int, number: int, id: int) -> None:
     assert wire.header(wire.pack(kind, 0, extent, number, id)) == (kind, 0, extent, number, id)
 
@@ -75,8 +79,9 @@ def test_duration_never_travels_shorter_and_at_most_a_millisecond_longer(seconds
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [
-        (None, wire.NO_DEADLINE), (0.0, 0), (-1.0, 0), (-math.inf, 0), (math.nan, 0), (1e-9, 1), (0.001, 1), (1.5, 1500),
-        (4_294_967.0, 4_294_967_000), (4_294_967.294, wire.LONGEST), (1e300, wire.LONGEST), (math.inf, wire.LONGEST),
+        (None, wire.NO_DEADLINE), (0.0, 0), (-1.0, 0), (-math.inf, 0), (math.nan, 0), (1e-9, 1), (0.001, 1),
+        (1.5, 1500), (4_294_967.0, 4_294_967_000), (4_294_967.294, wire.LONGEST), (1e300, wire.LONGEST),
+        (math.inf, wire.LONGEST),
     ],
 )  # fmt: skip
 def test_duration_travels_as_whole_milliseconds_rounded_up(seconds: float | None, told: int) -> None:

@@ -1,0 +1,236 @@
+"""Peers: the table is the law, and numbers outlive connections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onehop.interfaces import Record
+from onehop.protocol import peers as states
+from onehop.protocol import wire
+from onehop.protocol.calls import Call
+from onehop.protocol.peers import FIRST_PAUSE, LONGEST_PAUSE, TRANSITIONS, USABLE, Peer, PeerTable
+
+EVENTS = [states.CONNECT, states.HELLO, states.GOODBYE, states.LOST, states.RESTED, states.FORGOTTEN]
+WAYS = {
+    states.KNOWN: [],
+    states.CONNECTING: [states.CONNECT],
+    states.READY: [states.CONNECT, states.HELLO],
+    states.DRAINING: [states.CONNECT, states.HELLO, states.GOODBYE],
+    states.RESTING: [states.CONNECT, states.LOST],
+    states.GONE: [states.FORGOTTEN],
+}
+
+
+def record(number: int, **fields: Any) -> Record:
+    return Record(
+        node=f"{number:032x}", host="h", **{"endpoints": ("ipc:///s",), "services": {"clock": ("a",)}, **fields}
+    )
+
+
+def table(*numbers: int, random: float = 0.5) -> PeerTable:
+    peers = PeerTable(bytes(16), lambda: random)
+    peers.learn([record(number) for number in numbers])
+    return peers
+
+
+def only(peers: PeerTable) -> Peer:
+    [peer] = peers.peers.values()
+    return peer
+
+
+def in_state(state: str) -> tuple[PeerTable, Peer]:
+    peers = table(1)
+    peer = only(peers)
+    for event in WAYS[state]:
+        assert peers.event(peer, event)
+    assert peer.state == state
+    return peers, peer
+
+
+def begin(peer: Peer) -> int:
+    return peer.calls.begin(Call(wire.CAST))
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def test_table_names_every_state_and_no_unknown_event() -> None:
+    assert set(WAYS) == set(TRANSITIONS)
+    assert {event for row in TRANSITIONS.values() for event in row} == set(EVENTS)
+    assert {state for row in TRANSITIONS.values() for state in row.values()} <= set(TRANSITIONS)
+    assert not TRANSITIONS[states.GONE], "nobody comes back from there"
+    assert set(TRANSITIONS) >= USABLE
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("state", WAYS)
+def test_listed_event_leads_where_the_table_says_and_unlisted_one_changes_nothing(state: str, event: str) -> None:
+    peers, peer = in_state(state)
+    before = {name: getattr(peer, name) for name in Peer.__slots__} | {"known": dict(peers.peers)}
+    told = peers.event(peer, event, now=7.0)
+    assert told == (event in TRANSITIONS[state])
+    if told:
+        assert peer.state == TRANSITIONS[state][event]
+    else:
+        assert before == {name: getattr(peer, name) for name in Peer.__slots__} | {"known": peers.peers}
+
+
+@given(st.lists(st.sampled_from(EVENTS), max_size=30))
+def test_peer_is_in_the_table_exactly_until_it_is_gone(events: list[str]) -> None:
+    peers = table(1)
+    peer = only(peers)
+    for event in events:
+        peers.event(peer, event)
+        assert (peer.state == states.GONE) == (peer.id not in peers.peers)
+
+
+# Records ------------------------------------------------------------------------------------------
+
+
+def test_first_view_makes_peers_and_an_equal_one_changes_nothing() -> None:
+    peers = PeerTable(bytes(16), lambda: 0.5)
+    view = [record(1), record(2)]
+    assert {peer.id[-1] for peer in peers.learn(view)} == {1, 2}
+    assert peers.learn(view) == []
+    assert {peer.state for peer in peers.peers.values()} == {states.KNOWN}
+
+
+def test_new_record_takes_the_place_of_the_old_one() -> None:
+    peers = table(1)
+    peer = only(peers)
+    newer = record(1, state="draining")
+    assert peers.learn([newer]) == [peer]
+    assert peer.record is newer
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Record(node="not hexadecimal", host="h", endpoints=("ipc:///s",)),
+        Record(node="00" * 15, host="h", endpoints=("ipc:///s",)),
+        Record(node="00" * 17, host="h", endpoints=("ipc:///s",)),
+        Record(node="00" * 16, host="h"),
+    ],
+    ids=["no hexadecimal", "too short", "too long", "no endpoints"],
+)
+def test_record_that_names_nobody_who_can_be_reached_is_passed_over(broken: Record) -> None:
+    peers = PeerTable(bytes(16), lambda: 0.5)
+    assert len(peers.learn([broken, record(1)])) == 1
+    assert len(peers.peers) == 1
+
+
+@pytest.mark.parametrize("state", [states.KNOWN, states.RESTING])
+def test_peer_without_connection_goes_with_its_record(state: str) -> None:
+    peers, peer = in_state(state)
+    assert peers.learn([]) == [peer]
+    assert (peer.state, peers.peers) == (states.GONE, {})
+
+
+@pytest.mark.parametrize("state", [states.CONNECTING, states.READY, states.DRAINING])
+def test_peer_with_a_connection_outlives_its_record_until_the_connection_ends(state: str) -> None:
+    peers, peer = in_state(state)
+    assert peers.learn([]) == [peer]
+    assert (peer.state, peer.record) == (state, None)
+    assert peers.learn([]) == [], "said once"
+    assert peers.event(peer, states.LOST)
+    assert (peer.state, peers.peers) == (states.GONE, {})
+
+
+def test_record_that_comes_back_finds_its_peer_still_connected() -> None:
+    peers, peer = in_state(states.READY)
+    peers.learn([])
+    peers.learn([record(1)])
+    assert only(peers) is peer
+    peers.event(peer, states.LOST)
+    assert peer.state == states.RESTING
+
+
+# Pauses -------------------------------------------------------------------------------------------
+
+
+def pause_after(failures: int, random: float) -> float:
+    peers = table(1, random=random)
+    peer = only(peers)
+    for _ in range(failures):
+        peers.event(peer, states.CONNECT)
+        peers.event(peer, states.LOST, now=100.0)
+        peers.event(peer, states.RESTED)
+    return peer.rested_at - 100.0
+
+
+@given(st.integers(1, 50), st.floats(0, 1, exclude_max=True))
+def test_pause_grows_with_failures_up_to_its_limit_and_is_spread_over_its_whole_length(
+    failures: int, random: float
+) -> None:
+    longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures, 10))
+    assert pause_after(failures, random) == pytest.approx(random * longest, abs=1e-9)
+    assert pause_after(failures, 0.0) == 0.0
+    assert pause_after(20, 0.999) < LONGEST_PAUSE
+
+
+def test_success_makes_the_next_pause_short_again() -> None:
+    peers = table(1)
+    peer = only(peers)
+    for _ in range(5):
+        for event in (states.CONNECT, states.LOST, states.RESTED):
+            peers.event(peer, event)
+    assert peer.failures == 5
+    peers.event(peer, states.CONNECT)
+    peers.event(peer, states.HELLO)
+    assert peer.failures == 0
+
+
+def test_rested_peer_is_tried_again_at_its_time_and_not_before() -> None:
+    peers = table(1, 2)
+    first, second = peers.peers.values()
+    peers.event(first, states.CONNECT)
+    peers.event(first, states.LOST, now=10.0)
+    assert peers.handle_timer(first.rested_at - 0.001) == []
+    assert first.state == states.RESTING
+    assert peers.handle_timer(first.rested_at) == [first]
+    assert (first.state, second.state) == (states.KNOWN, states.KNOWN)
+
+
+# Numbers and tables of calls ----------------------------------------------------------------------
+
+
+def test_connection_that_ends_leaves_its_calls_behind_and_the_numbers_go_on() -> None:
+    peers, peer = in_state(states.READY)
+    peer.calls.messages, peer.calls.large_bytes, peer.calls.late, peer.calls.load = 7, 8, 3, 5
+    old = peer.calls
+    assert [begin(peer) for _ in range(3)] == [1, 2, 3]
+    peers.event(peer, states.LOST)
+    assert peer.calls is not old
+    assert (peer.calls.messages, peer.calls.large_bytes, peer.calls.late) == (7, 8, 3)
+    assert peer.calls.load == 0, "of what waits there now nothing is known"
+    assert len(old.pending) == 3
+    assert not peer.calls.pending
+    assert peer.calls.last == 3
+    assert begin(peer) == 4
+
+
+def test_peer_that_returns_under_its_id_goes_on_with_its_numbers() -> None:
+    peers, peer = in_state(states.READY)
+    used = {begin(peer) for _ in range(20)}
+    peers.learn([])
+    peers.event(peer, states.LOST)
+    assert not peers.peers
+    peers.learn([record(1)])
+    again = only(peers)
+    assert again is not peer
+    assert begin(again) > max(used)
+
+
+def test_number_used_while_a_peer_went_is_not_used_again() -> None:
+    """Two threads take numbers 6 and 5; the one with 5 is the last to write down what it took."""
+    peers, peer = in_state(states.READY)
+    six = max(begin(peer) for _ in range(6))
+    peer.calls.last = 5
+    peers.learn([])
+    peers.event(peer, states.LOST)
+    peers.learn([record(1)])
+    assert begin(only(peers)) > six
