@@ -16,7 +16,7 @@ class Compute:
         return f"{self.host} is up for 5 {unit}, says {ctxt['user']}"
 
     def refresh(self, ctxt: dict) -> None:
-        print(f"{self.host} refreshes", flush=True)
+        print(f"{self.host} refreshes\n", end="", flush=True)  # one write: several threads print
 
 
 conf = cfg.ConfigOpts()
