@@ -194,8 +194,9 @@ def test_a_setting_that_cannot_work_is_told_at_the_first_use(bus: Any) -> None:
 def test_at_least_once_to_nobody_fails_at_once_in_both_families(bus: Any) -> None:
     wanted = oslo_messaging.TransportOptions(at_least_once=True)
     client = bus.client("compute", timeout=60, transport_options=wanted)
+    everybody = bus.client("compute", fanout=True, transport_options=wanted)
     began = time.monotonic()
-    for send in (client.call, client.cast):
+    for send in (client.call, client.cast, everybody.cast):
         with pytest.raises(oslo_messaging.MessageUndeliverable) as caught:
             send({}, "note")
         assert isinstance(caught.value, oslo_messaging.MessageDeliveryFailure)
@@ -205,6 +206,7 @@ def test_at_least_once_to_nobody_fails_at_once_in_both_families(bus: Any) -> Non
     endpoint = Endpoint()
     bus.serve("compute", endpoint)
     assert client.call({}, "echo", value=1) == 1
+    everybody.cast({}, "note", value=1)
 
 
 def test_a_timeout_of_0_is_a_timeout(bus: Any) -> None:
@@ -478,6 +480,18 @@ def test_cleanup_works_twice_and_in_any_order_with_stop(bus: Any) -> None:
     server.stop()
     server.wait()
     first.cleanup()
+
+
+def test_a_server_that_outlives_its_transport_is_idle_until_it_is_stopped() -> None:
+    transport = oslo_messaging.get_rpc_transport(cfg.ConfigOpts(), "zmq://")
+    server = oslo_messaging.get_rpc_server(transport, oslo_messaging.Target(topic="t", server="h"), [Endpoint()])
+    server.start()
+    transport.cleanup()
+    used = time.process_time()
+    threading.Event().wait(0.5)
+    assert time.process_time() - used < 0.2
+    server.stop()
+    server.wait()
 
 
 def test_a_send_after_cleanup_says_so(bus: Any) -> None:

@@ -238,13 +238,14 @@ def test_a_long_call_lives_by_its_heartbeats(bus: Any, start: Any) -> None:
     assert client.call({}, "sleep", seconds=3) == 3
 
 
-def test_a_call_that_waits_for_a_worker_lives_by_its_heartbeats(bus: Any) -> None:
+def test_a_call_that_waits_for_a_worker_lives_by_its_heartbeats(bus: Any, eventually: Any) -> None:
     busy = Endpoint()
     conf = cfg.ConfigOpts()
     transport = bus.transport(conf=conf)
     server = oslo_messaging.get_rpc_server(transport, oslo_messaging.Target(topic="compute", server="h"), [busy])
     server.start(override_pool_size=1)
     holding, _ = in_thread(lambda: bus.client("compute").call({}, "hold"))
+    eventually(lambda: busy.seen == ["hold"])
     client = bus.client("compute", timeout=30, call_monitor_timeout=1)
     waiting, came = in_thread(lambda: client.call({}, "echo", value="at last"))
     waiting.join(2.5)

@@ -85,7 +85,10 @@ class Core:
         wait = math.inf if sending.attempts is None and not sending.mandatory else 0.0
 
         def attempt(left: float) -> Any:
-            return self._client(sending.address, left, wait, monitor).call_raw(sending.method, sending.body)
+            client = self._client(sending, timeout, wait, monitor)
+            if left < timeout:
+                client = client.options(timeout=left)
+            return client.call_raw(sending.method, sending.body)
 
         return persist(attempt, timeout, sending.attempts)
 
@@ -109,8 +112,10 @@ class Core:
 
     def fanout(self, sending: Sending) -> None:
         """Deliver to all receivers there are; those missed are logged."""
-        client = self._client(sending.address, self.options["cast_timeout"], 0.0)
-        for each in client.fanout_raw(sending.method, sending.body):
+        receipts = self._client(sending, self.options["cast_timeout"]).fanout_raw(sending.method, sending.body)
+        if sending.mandatory and not receipts:
+            raise errors.NoRoute(f"nobody offers {sending.address}")
+        for each in receipts:
             if each.outcome != "taken":
                 missed = f"{each.server} on {each.host}"
                 LOG.warning("%r to all of %s missed %s: %s", sending.method, sending.address, missed, each.reason)
@@ -119,16 +124,17 @@ class Core:
         """Try once. What is for everybody goes to each pool that listens now, and is delivered or held for each."""
         service = sending.address.service
         if not sending.everybody:
-            limit = min(left, self.options["cast_timeout"])
-            self._client(sending.address, limit, 0.0).cast_raw(sending.method, sending.body)
+            client = self._client(sending, limit := self.options["cast_timeout"])
+            (client if left >= limit else client.options(timeout=left)).cast_raw(sending.method, sending.body)
         elif pools := sorted({view.server for view in self.node.servers(service)}):
             for pool in pools:
-                self.cast(sending._replace(address=Address(service, pool), everybody=False))
+                self.cast(sending._replace(address=Address(service, pool), everybody=False, attempts=None))
         else:
             raise errors.NoRoute(f"nobody listens to {service}")
 
-    def _client(self, address: Address, timeout: float, ready: float, monitor: float | None = None) -> Client:
+    def _client(self, sending: Sending, timeout: float, ready: float = 0.0, monitor: float | None = None) -> Client:
         """A client, kept because the turn it takes among the servers is worth keeping."""
+        address = sending.address
         key = (address, timeout, ready, monitor)
         client = self._clients.get(key)
         if client is None:
@@ -160,11 +166,12 @@ class Core:
         assert self._wake is not None
         while True:
             self._wake.clear()
+            known: set[tuple[str, str]] = set()
             with contextlib.suppress(errors.OnehopError):  # the registry is away: look again
                 known = {(view.service, server) for view in self.node.servers() for server in (view.server, "")}
-                for address in list(self.held):
-                    while self._deliver_first(address, present=address in known):
-                        pass
+            for address in list(self.held):
+                while self._deliver_first(address, present=address in known):
+                    pass
             with self._lock:
                 if not self.held:
                     self._running = False
@@ -231,7 +238,7 @@ class Cores:
         os.register_at_fork(after_in_child=self._start)
 
     def _start(self) -> None:
-        self.process = os.getpid()
+        self.life = object()  # pids come again
         self._lock = threading.RLock()
         self._table: dict[tuple[tuple[str, Any], ...], Core] = {}
 

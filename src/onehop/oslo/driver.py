@@ -51,7 +51,7 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
         super().__init__(conf, url, default_exchange, allowed_remote_exmods)
         self._group = options.register(conf, url)[options.GROUP]
         self._core: Core | None = None
-        self._process = 0
+        self._life: object = None
         self._cleaned_up = False
 
     def require_features(self, requeue: bool = False) -> None:
@@ -64,12 +64,12 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
         Raises:
             SendFailed: the transport was cleaned up.
         """
-        if self._core is None or self._process != CORES.process:
+        if self._core is None or self._life is not CORES.life:
             if self._cleaned_up:
                 raise SendFailed("this transport was cleaned up; make a new one with get_rpc_transport()")
             given = {each.dest: self._group[each.dest] for each in options.OPTIONS}
             self._core = CORES.acquire(given | {"realm": self._url.virtual_host or ""})
-            self._process = CORES.process
+            self._life = CORES.life
         return self._core
 
     def send(
@@ -158,7 +158,7 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
     def cleanup(self) -> None:
         """Give the shared core back; the last transport that does so closes it. Twice is fine."""
         core, self._core, self._cleaned_up = self._core, None, True
-        if core is not None and self._process == CORES.process:
+        if core is not None and self._life is CORES.life:
             CORES.release(core)
 
     def _service(self, target: Target, prefix: str = "", suffix: str = "") -> str:

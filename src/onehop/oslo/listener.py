@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from typing import Any
 
@@ -92,6 +93,7 @@ class PollListener(base.PollStyleListener):  # type: ignore[misc]
         super().__init__()
         self._listener = listener
         self._message = message
+        self._stopped = threading.Event()
 
     def poll(
         self, timeout: float | None = None, batch_size: int | None = 1, batch_timeout: float | None = None
@@ -107,6 +109,8 @@ class PollListener(base.PollStyleListener):  # type: ignore[misc]
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             taken = self._listener.poll(limit=wanted - len(batch), timeout=left)
             if not taken:
+                if deadline is None:
+                    self._stopped.wait()  # no more comes, since the node was closed: do not ask again and again
                 break
             opened = [message for message in map(self._open, taken) if message is not None]
             if opened and not batch:
@@ -128,7 +132,9 @@ class PollListener(base.PollStyleListener):  # type: ignore[misc]
         return self._message(incoming, ctxt, message)
 
     def stop(self) -> None:
+        self._stopped.set()
         self._listener.stop()
 
     def cleanup(self) -> None:
+        self._stopped.set()
         self._listener.close()
