@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,7 @@ SLOW = (
 )
 # This class starts a collector on a fixed port: one at a time on a machine, also among runs.
 EXCLUSIVE = "MetricsTestCase"
+COLLECTOR_PORT = 3000
 LOCK = Path(tempfile.gettempdir()) / "onehop-oslo-metrics.lock"
 TEST_LIMIT = 120.0
 
@@ -340,6 +342,18 @@ def exclusive(wanted: bool) -> Iterator[None]:
     with open(LOCK, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+        # The test does not wait for its collector to end, and the next one needs the port.
+        give_up = time.monotonic() + 10
+        while listens(COLLECTOR_PORT) and time.monotonic() < give_up:
+            time.sleep(0.05)
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("localhost", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def spell(counts: dict[str, int]) -> str:
