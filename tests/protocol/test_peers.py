@@ -149,6 +149,15 @@ def test_record_that_comes_back_finds_its_peer_still_connected() -> None:
     assert peer.state == states.RESTING
 
 
+def test_record_that_outlived_its_peer_goes_without_a_trace() -> None:
+    peers, peer = in_state(states.DRAINING)
+    assert peers.event(peer, states.LOST)
+    assert peer.record is not None
+    assert peers.learn([peer.record]) == [], "who said goodbye is not asked again for the same record"
+    assert peers.learn([]) == []
+    assert peers.peers == {}
+
+
 # Pauses -------------------------------------------------------------------------------------------
 
 
