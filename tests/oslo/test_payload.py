@@ -249,7 +249,7 @@ def test_an_exception_that_cannot_be_rebuilt_comes_back_as_remote_error() -> Non
 
 
 def test_a_failure_that_is_too_large_is_cut() -> None:
-    body = payload.encode_short_failure(failure_of(ValueError("x" * 1_000_000)), limit=100)
+    body = payload.encode_failure(failure_of(ValueError("x" * 1_000_000)), limit=100)
     assert len(body) < 1000
     assert isinstance(payload.rebuild_failure(payload.decode(body)[1], []), ValueError)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
@@ -143,12 +142,7 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
         return base.PollStyleListenerAdapter(PollListener(listener, Request), batch_size, batch_timeout)
 
     def listen_for_notifications(
-        self,
-        targets_and_priorities: Iterable[tuple[Target, str]],
-        pool: str | None,
-        batch_size: int | None,
-        batch_timeout: float | None,
-        **_: Any,
+        self, targets_and_priorities: Any, pool: str | None, batch_size: int | None, batch_timeout: Any, **_: Any
     ) -> base.Listener:
         """See the base class. The listeners of one ``pool``, or of none, share its messages."""
         services = {self._service(target, "notify:", f".{priority}") for target, priority in targets_and_priorities}

@@ -73,9 +73,9 @@ def answer(incoming: Incoming, reply: Any, failure: payload.Failure | None) -> N
     try:
         incoming.reply_raw(payload.encode_failure(failure) if failure else payload.encode([reply]))
     except (*payload.UNENCODABLE, errors.PayloadError):
-        problem = failure or sys.exc_info()
+        problem: Any = failure or sys.exc_info()
         LOG.error("The result of %s.%s cannot be sent: %s", incoming.service, incoming.method, sys.exc_info()[1])
-        incoming.reply_raw(payload.encode_short_failure(problem))  # type: ignore[arg-type]
+        incoming.reply_raw(payload.encode_failure(problem, limit=2000))
 
 
 def given_up(incoming: Incoming) -> bool:

@@ -77,31 +77,25 @@ def decode(body: bytes | memoryview) -> Any:
         return json.loads(bytes(body))  # NaN, Infinity, lone surrogates
 
 
-def encode_failure(failure: Failure) -> bytes:
-    """A reply that says that the method raised. Always possible: what has no form on the wire is left out."""
+def encode_failure(failure: Failure, limit: int | None = None) -> bytes:
+    """A reply that says that the method raised. Always possible: what has no form on the wire is left out.
+
+    Args:
+        limit: characters of the message and of the traceback, at most, where the whole is too large to send.
+    """
     try:
-        text = common.serialize_remote_exception(failure)
+        if limit is None:
+            return encode([None, common.serialize_remote_exception(failure)])
     except Exception:  # the exception's arguments, or its own __str__
-        text = encode(_plain_failure(failure)).decode()
-    return encode([None, text])
-
-
-def encode_short_failure(failure: Failure, limit: int = 2000) -> bytes:
-    """As :func:`encode_failure`, cut to some ``limit`` characters a part, where the whole is too large to send."""
-    plain = _plain_failure(failure)
-    plain["message"] = plain["message"][:limit]
-    return encode([None, encode(plain | {"args": [plain["message"]], "tb": [plain["tb"][-1][-limit:]]}).decode()])
-
-
-def _plain_failure(failure: Failure) -> dict[str, Any]:
+        pass
     kind, value, trace = failure
     try:
-        message = str(value)
+        message = str(value)[:limit]
     except Exception:
         message = f"{kind.__name__} whose text cannot be made"
-    lines = [*traceback.format_tb(trace), f"{kind.__name__}: {message}\n"]
-    names = {"class": kind.__name__, "module": kind.__module__}
-    return names | {"message": message, "tb": lines, "args": [message], "kwargs": {}}
+    lines = [*traceback.format_tb(trace, limit and -1), f"{kind.__name__}: {message}\n"]
+    plain = {"class": kind.__name__, "module": kind.__module__, "message": message}
+    return encode([None, encode(plain | {"tb": lines, "args": [message], "kwargs": {}}).decode()])
 
 
 def rebuild_failure(text: str, allowed: list[str]) -> Any:
