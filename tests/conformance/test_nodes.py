@@ -145,6 +145,19 @@ def test_a_crash_is_heard_at_once_as_unknown(cloud: Any) -> None:
     assert outcome.seconds < 1.0
 
 
+def test_a_request_that_may_have_run_stays_unknown_when_the_next_server_refuses_it(cloud: Any) -> None:
+    first, _full = cloud.server("a"), cloud.server("b", workers=1, inbox_messages=1)
+    client = cloud.client()
+    assert cloud.knows(client, 2)
+    slow = cloud.begin(client, server="b", work=1.0)
+    assert cloud.has_run(slow)
+    request = cloud.begin(client, work=2.0, idempotent=True)
+    assert cloud.has_run(request)
+    cloud.crash(first)
+    assert request.result()[:2] == ("Rejected", "unknown")
+    assert request.runs == 1
+
+
 def test_a_draining_server_answers_what_it_took_and_new_calls_go_elsewhere(cloud: Any) -> None:
     first, _second = cloud.server("a"), cloud.server("b")
     client = cloud.client()

@@ -311,6 +311,17 @@ def test_an_idempotent_request_is_sent_again_after_a_loss(world: World) -> None:
     assert max(call.times_run for call in calls) == 2
 
 
+def test_an_idempotent_request_that_ran_and_was_lost_does_not_end_as_not_executed(world: World) -> None:
+    server, client = *world.nodes(1, service="echo"), *world.nodes(1)
+    call = world.call(client, "echo", at=0.1, timeout=20.0, ready_timeout=5.0, work=2.0, idempotent=True)
+    world.registry_away(at=0.5)
+    world.crash(server, at=1.0)
+    world.settle()
+    assert call.outcome in ("PeerLost", "NoRoute")
+    assert (call.executed, call.times_run) == ("unknown", 1)
+    assert client.engine.retried >= 1
+
+
 def test_a_handler_that_raises_is_told_to_its_caller(world: World) -> None:
     world.nodes(1, service="echo")
     call = world.call(world.nodes(1)[0], "echo", at=0.1, fails=True)

@@ -371,6 +371,8 @@ class VirtualEngine:
         if outcome == "failed":
             entry.outcome = outcome
         entry.error = error
+        if entry.may_have_run and isinstance(error, CallError) and error.executed == "no":
+            error.executed = "unknown"
         entry.finishes += 1
         entry.finished_at = self.clock.now
         self.invariants.ended(entry)
@@ -497,6 +499,7 @@ class VirtualEngine:
     def _again(self, attempt: _Attempt, route: Route, error: CallError) -> bool:
         attempt.tried.append(route)
         attempt.error = error
+        attempt.entry.may_have_run |= error.executed == "unknown"
         safe = error.executed == "no" or (attempt.entry.idempotent and error.executed == "unknown")
         if not safe or self.clock.now >= attempt.entry.deadline:
             return False

@@ -126,6 +126,7 @@ class Entry:
         asked: each attempt: (node id asked, when).
         work: seconds its handler takes; None for a time drawn by the server.
         fails: whether its handler raises.
+        may_have_run: an attempt before the last ended as unknown.
         parts: of a fan-out or gathering, one entry for each receiver.
     """
 
@@ -140,6 +141,7 @@ class Entry:
         "finishes",
         "idempotent",
         "kind",
+        "may_have_run",
         "monitor",
         "number",
         "outcome",
@@ -166,6 +168,7 @@ class Entry:
         self.idempotent = False
         self.work: float | None = None
         self.fails = False
+        self.may_have_run = False
         self.size = 0
         self.parent: Entry | None = None
         self.parts: list[Entry] = []
@@ -221,7 +224,7 @@ class Invariants:
         is_strict: whether the first breach raises :class:`InvariantBroken`; otherwise breaches are collected.
 
     Attributes:
-        broken: every breach so far (at most 100): what, when, seed, and the steps before it.
+        broken: every breach so far (at most 20): what, when, seed, and the steps before it.
     """
 
     def __init__(self, clock: Clock, trace: Trace, ledger: list[Entry], *, is_strict: bool = True) -> None:
@@ -246,7 +249,7 @@ class Invariants:
         text = "\n".join(
             (f"{what} (seed {self._clock.seed}, at {self._clock.now:.6f} s); the last steps:", *self._trace.last())
         )
-        if len(self.broken) < 100:
+        if len(self.broken) < 20:
             self.broken.append(text)
         if self.is_strict:
             raise InvariantBroken(text)

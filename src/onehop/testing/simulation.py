@@ -470,16 +470,21 @@ def run(seed: int = 0, nodes: int = 100, seconds: float = 60.0) -> Result:
 
     Every node is an agent with a name; some also conduct, and a few schedule. Everybody calls conductors, conductors
     call agents by name, schedulers fan out and gather. Nodes crash and come back, drain, lose power, are cut off and
-    held up; the registry goes away and returns.
+    held up; messages arrive twice; the registry goes away and returns.
 
     Args:
-        nodes: at least 4.
+        nodes: at least 2.
         seconds: of virtual time.
+
+    Raises:
+        ValueError: fewer than two nodes.
     """
+    if nodes < 2:
+        raise ValueError(f"nodes is {nodes}; a world worth exploring has 2 or more")
     enabled = gc.isenabled()
     gc.disable()  # millions of objects that live as long as the world: looking through them costs more than the world
     try:
-        return _Exploration(seed, max(4, nodes), seconds).result()
+        return _Exploration(seed, nodes, seconds).result()
     finally:
         if enabled:
             gc.enable()
@@ -492,7 +497,7 @@ class _Exploration:
         self._faults: Counter[str] = Counter()
         self._world = world = World(seed, is_strict=False)
         agents = [Offer("agent", f"agent-{index}", 0.02) for index in range(number)]
-        conductors, schedulers = max(2, number // 20), max(1, number // 100)
+        conductors, schedulers = max(1, number // 20), max(1, number // 100)
         engines = []
         for index, agent in enumerate(agents):
             offers = [agent]
@@ -520,8 +525,8 @@ class _Exploration:
         if now > self._seconds * 0.9:
             return
         self._plan()
-        kind = random.choice(("crash", "crash", "drain", "power", "partition", "one way", "hold", "registry"))
-        some = random.sample(self._nodes, max(1, random.randrange(1, 1 + self._number // 10)))
+        kind = random.choice(("crash", "crash", "drain", "power", "partition", "one way", "hold", "registry", "twice"))
+        some = random.sample(self._nodes, random.randint(1, max(1, self._number // 10)))
         node = some[0]
         later = now + random.uniform(0.5, 10.0)
         self._faults[kind] += 1
@@ -538,8 +543,14 @@ class _Exploration:
             world.partition(some, others, repair_at=later, one_way=kind == "one way")
         elif kind == "hold":
             world.hold(some, random.sample(self._nodes, len(some)), release_at=now + random.uniform(0.1, 3.0))
+        elif kind == "twice":
+            world.network.duplicates = 0.2
+            world.clock.at(later, self._once)
         elif not world.registry.is_away:
             world.registry_away(back_at=later)
+
+    def _once(self, _: None) -> None:
+        self._world.network.duplicates = 0.0
 
     def result(self) -> Result:
         world = self._world
