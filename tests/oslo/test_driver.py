@@ -285,7 +285,7 @@ def test_a_cast_queues_behind_those_that_are_held_for_the_same_receiver_only(bus
     bus.client("compute", transport, server="away").cast({}, "note", value=1)
     bus.client("compute", transport, server="here").cast({}, "note", value=2)
     held = transport._driver.core.held
-    assert [address.server for address in held] == ["away"]
+    assert list(held) == [("openstack/compute", "away")]
 
 
 def test_what_nobody_takes_in_time_is_dropped_loudly(
@@ -390,12 +390,10 @@ def test_rpc_and_notifications_of_one_name_do_not_mix(bus: Any, eventually: Call
 
 
 def test_a_notification_that_is_requeued_comes_again(bus: Any, eventually: Callable[..., Any]) -> None:
-    listening = Listening(2)
+    listening = Listening("once more")
     bus.listen(listening, "notifications", allow_requeue=True)
-    notifier = bus.notifier("notifications", driver="messagingv2")
-    for number in range(4):
-        notifier.info({}, "event", number)
-    eventually(lambda: sorted(listening.seen) == [0, 1, 2, 2, 3])
+    bus.notifier("notifications", driver="messagingv2").info({}, "event", "once more")
+    eventually(lambda: listening.seen == ["once more", "once more"])
 
 
 def test_a_batch_is_full_or_its_time_since_the_first_message_is_over(bus: Any, eventually: Callable[..., Any]) -> None:

@@ -25,26 +25,24 @@ QUIET = 10.0  # seconds between two log lines about dropped messages
 CLIENTS_KEPT = 1024
 
 
-class Address(NamedTuple):
-    """Whom a message is for: a service, and one server of it or, if empty, any."""
+class Sending(NamedTuple):
+    """A message on its way to a service and one server of it or, if empty, any.
+
+    ``attempts`` is None without a bound; ``until`` (monotonic) is how long it may be held; ``everybody`` says that
+    each pool of listeners gets a copy.
+    """
 
     service: str
-    server: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.service} at {self.server}" if self.server else self.service
-
-
-class Sending(NamedTuple):
-    """A message on its way. ``attempts`` is None without a bound; ``until`` (monotonic) is how long it may be held."""
-
-    address: Address
+    server: str
     method: str
     body: bytes
+    until: float
     attempts: int | None = None
     mandatory: bool = False
     everybody: bool = False
-    until: float = math.inf
+
+    def __str__(self) -> str:
+        return f"{self.method!r} to {self.service}{self.server and ' at '}{self.server}"
 
 
 class Core:
@@ -52,14 +50,14 @@ class Core:
 
     Attributes:
         users: transports that use it.
-        held: messages that wait for their receivers, the oldest first for each address.
+        held: messages that wait for their receivers, by (service, server), the oldest first.
         dropped: messages given up so far: nobody took them in time, or there was no room.
         unknown: messages of which nobody knows whether they were taken.
     """
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.users = 0
-        self.held: dict[Address, deque[Sending]] = {}
+        self.held: dict[tuple[str, str], deque[Sending]] = {}
         self.dropped = 0
         self.unknown = 0
         self.options = given
@@ -99,7 +97,7 @@ class Core:
             CallError: not delivered, where attempts are counted or delivery is mandatory.
         """
         may_hold = sending.attempts is None and not sending.mandatory
-        if may_hold and sending.address in self.held:
+        if may_hold and sending[:2] in self.held:
             return self._hold(sending)  # behind those that came before
         try:
             persist(lambda left: self._send(sending, left), limit or self.options["cast_timeout"], sending.attempts)
@@ -114,35 +112,31 @@ class Core:
         """Deliver to all receivers there are; those missed are logged."""
         receipts = self._client(sending, self.options["cast_timeout"]).fanout_raw(sending.method, sending.body)
         if sending.mandatory and not receipts:
-            raise errors.NoRoute(f"nobody offers {sending.address}")
+            raise errors.NoRoute(f"nobody offers {sending.service}")
         for each in receipts:
             if each.outcome != "taken":
-                missed = f"{each.server} on {each.host}"
-                LOG.warning("%r to all of %s missed %s: %s", sending.method, sending.address, missed, each.reason)
+                LOG.warning("%s: missed %s on %s: %s", sending, each.server, each.host, each.reason)
 
     def _send(self, sending: Sending, left: float) -> None:
         """Try once. What is for everybody goes to each pool that listens now, and is delivered or held for each."""
-        service = sending.address.service
         if not sending.everybody:
             client = self._client(sending, limit := self.options["cast_timeout"])
             (client if left >= limit else client.options(timeout=left)).cast_raw(sending.method, sending.body)
-        elif pools := sorted({view.server for view in self.node.servers(service)}):
+        elif pools := sorted({view.server for view in self.node.servers(sending.service)}):
             for pool in pools:
-                self.cast(sending._replace(address=Address(service, pool), everybody=False, attempts=None))
+                self.cast(sending._replace(server=pool, everybody=False, attempts=None))
         else:
-            raise errors.NoRoute(f"nobody listens to {service}")
+            raise errors.NoRoute(f"nobody listens to {sending.service}")
 
     def _client(self, sending: Sending, timeout: float, ready: float = 0.0, monitor: float | None = None) -> Client:
         """A client, kept because the turn it takes among the servers is worth keeping."""
-        address = sending.address
-        key = (address, timeout, ready, monitor)
+        key = (*sending[:2], timeout, ready, monitor)
         client = self._clients.get(key)
         if client is None:
             if len(self._clients) >= CLIENTS_KEPT:
                 self._clients.clear()
-            client = self._clients[key] = self.node.client(
-                address.service, server=address.server, timeout=timeout, ready_timeout=ready, monitor=monitor
-            )
+            given = {"server": sending.server, "timeout": timeout, "ready_timeout": ready, "monitor": monitor}
+            client = self._clients[key] = self.node.client(sending.service, **given)
         return client
 
     # --- holding
@@ -153,7 +147,7 @@ class Core:
             if messages > self.options["outbox_messages"] or size > self.options["outbox_bytes"]:
                 return self._drop(sending, f"{self._messages} messages of {self._bytes} bytes are held already")
             self._messages, self._bytes = messages, size
-            self.held.setdefault(sending.address, deque()).append(sending)
+            self.held.setdefault(sending[:2], deque()).append(sending)
             start, self._running = not self._running, True
         if start:
             if self._wake is None:
@@ -178,7 +172,7 @@ class Core:
                     return
             self._wake.wait(random.uniform(0.5, 1.0) * LOOK_AGAIN)
 
-    def _deliver_first(self, address: Address, *, present: bool) -> bool:
+    def _deliver_first(self, address: tuple[str, str], *, present: bool) -> bool:
         """Try to send the oldest message for ``address``; whether that one is dealt with and there are more."""
         queue = self.held.get(address)
         if not queue:
@@ -208,14 +202,13 @@ class Core:
 
     def _doubt(self, sending: Sending, error: Exception) -> None:
         self.unknown += 1
-        LOG.error("%r to %s may be lost, and is not sent again: %s", sending.method, sending.address, error)
+        LOG.error("%s may be lost, and is not sent again: %s", sending, error)
 
     def _drop(self, sending: Sending, problem: str) -> None:
         self.dropped += 1
         self._unlogged += 1
         if time.monotonic() >= self._quiet_until:
-            what = (sending.method, sending.address, problem)
-            LOG.error("Dropped %d messages, the last one %r to %s: %s", self._unlogged, *what)
+            LOG.error("Dropped %d messages, the last one %s: %s", self._unlogged, sending, problem)
             self._quiet_until, self._unlogged = time.monotonic() + QUIET, 0
 
     def close(self) -> None:

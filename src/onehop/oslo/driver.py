@@ -12,7 +12,7 @@ from oslo_messaging.transport import TransportURL
 
 from onehop import errors
 from onehop.oslo import options, payload
-from onehop.oslo.core import CORES, Address, Core, Sending
+from onehop.oslo.core import CORES, Core, Sending
 from onehop.oslo.listener import Notification, PollListener, Request
 
 CALL_TIMEOUT = 60.0  # of a call that names none, which oslo.messaging's client never makes
@@ -92,9 +92,10 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
             MessageDeliveryFailure: not delivered after ``retry`` more attempts.
             SendFailed: too large, not serialisable, the transport was cleaned up, or the node cannot work here.
         """
-        address = Address(self._service(target), "" if target.fanout else target.server or "")
         mandatory = bool(getattr(transport_options, "at_least_once", False))
-        sending = self._sending(address, ctxt, message, None if mandatory else retry, mandatory=mandatory)
+        server = "" if target.fanout else target.server or ""
+        retry = None if mandatory else retry
+        sending = self._sending(self._service(target), server, ctxt, message, retry, mandatory=mandatory)
         seconds = None if timeout is None else max(timeout, SHORTEST)
         try:
             if target.fanout:
@@ -120,21 +121,21 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
             MessageDeliveryFailure: not delivered after ``retry`` more attempts.
             SendFailed: as in :meth:`send`.
         """
-        sending = self._sending(Address(self._service(target, "notify:")), ctxt, message, retry, everybody=True)
+        sending = self._sending(self._service(target, "notify:"), "", ctxt, message, retry, everybody=True)
         try:
             self.core.cast(sending)
         except errors.OnehopError as error:
             raise translated(error, sending) from error
 
-    def _sending(self, address: Address, ctxt: Any, message: Any, retry: int | None, **flags: bool) -> Sending:
+    def _sending(self, service: str, server: str, ctxt: Any, message: Any, retry: int | None, **flags: bool) -> Sending:
         method = str(message.get("method", "notify"))
         try:
             ttl = self.core.options["notification_ttl" if "everybody" in flags else "cast_ttl"]
             body = payload.encode([ctxt if isinstance(ctxt, dict) else ctxt.to_dict(), message])
         except (errors.OnehopError, *payload.UNENCODABLE) as error:
-            raise SendFailed(f"{method!r} to {address} cannot be sent: {error}") from error
+            raise SendFailed(f"{method!r} to {service} cannot be sent: {error}") from error
         attempts = None if retry is None or retry < 0 else retry + 1
-        return Sending(address, method, body, attempts, until=time.monotonic() + ttl, **flags)
+        return Sending(service, server, method, body, time.monotonic() + ttl, attempts, **flags)
 
     def listen(self, target: Target, batch_size: int, batch_timeout: float | None, **_: Any) -> base.Listener:
         """See the base class. Other processes see the server when this returns."""
@@ -162,13 +163,13 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
 
 def translated(error: errors.OnehopError, sending: Sending) -> Any:
     """The exception that oslo.messaging's users expect in the place of ``error``."""
-    what = f"{sending.method!r} to {sending.address}: {error}"
+    what = f"{sending}: {error}"
     if isinstance(error, errors.RemoteError):
         return RemoteError(error.type, error.detail, error.trace)
     if not isinstance(error, errors.CallError):
         return SendFailed(what)
     if isinstance(error, errors.NoRoute) and sending.mandatory:
-        return NobodyServes(error, "", str(sending.address), what)
+        return NobodyServes(error, "", sending.service, what)
     if error.executed == "unknown" and not isinstance(error, errors.CallTimeout):
         return OutcomeUnknown(what)
     if error.executed == "no" and sending.attempts is not None:
