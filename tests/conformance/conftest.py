@@ -208,7 +208,13 @@ class RealRequest:
 
 
 class RealCloud:
-    """Real nodes in this process. What a crash of one leaves behind is what closing it at once leaves behind."""
+    """Real nodes in this process. What a crash of one leaves behind is what closing it at once leaves behind.
+
+    Attributes:
+        slack: seconds after its deadline that a call may end: the promise is a tenth, and the machine may be busy.
+    """
+
+    slack = 0.5
 
     def __init__(self, make_node: Callable[..., Node]) -> None:
         self._make_node = make_node
@@ -323,6 +329,8 @@ class VirtualRequest:
 
 class VirtualCloud:
     """Nodes of a simulated world."""
+
+    slack = 0.1
 
     def __init__(self, world: World) -> None:
         self.world = world

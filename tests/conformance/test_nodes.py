@@ -31,9 +31,9 @@ def test_a_cast_ends_when_it_is_taken_and_runs_once(cloud: Any) -> None:
     cloud.server("a")
     client = cloud.client()
     assert cloud.knows(client, 1)
-    request = cloud.begin(client, kind="cast", work=0.3)
+    request = cloud.begin(client, kind="cast", work=0.6)
     assert request.result().outcome == "taken"
-    assert request.result().seconds < 0.25
+    assert request.result().seconds < 0.5
     assert cloud.has_run(request)
     assert request.runs == 1
 
@@ -60,7 +60,7 @@ def test_nobody_serving_is_no_route_after_the_grace(cloud: Any) -> None:
     client = cloud.client()
     outcome = cloud.begin(client, ready_timeout=0.2, timeout=5.0).result()
     assert outcome[:2] == ("NoRoute", "no")
-    assert 0.19 < outcome.seconds < 0.3
+    assert 0.19 < outcome.seconds < 0.2 + cloud.slack
 
 
 def test_a_server_that_comes_within_the_grace_is_called(cloud: Any) -> None:
@@ -88,10 +88,10 @@ def test_a_deadline_ends_a_call_in_time_and_its_late_reply_is_dropped(cloud: Any
     client = cloud.client()
     assert cloud.knows(client, 1)
     assert cloud.begin(client).result().outcome == "replied"
-    request = cloud.begin(client, work=0.5, timeout=0.2)
+    request = cloud.begin(client, work=0.8, timeout=0.2)
     outcome = request.result()
     assert outcome[:2] == ("CallTimeout", "unknown")
-    assert 0.19 < outcome.seconds < 0.3
+    assert 0.19 < outcome.seconds < 0.2 + cloud.slack
     assert cloud.has_run(request)
     assert cloud.wait(lambda: cloud.late(client) == 1)
     assert cloud.begin(client).result().outcome == "replied"
@@ -102,7 +102,7 @@ def test_a_request_that_expires_in_the_queue_does_not_run(cloud: Any) -> None:
     cloud.server("a", workers=1)
     client = cloud.client()
     assert cloud.knows(client, 1)
-    first = cloud.begin(client, work=0.5)
+    first = cloud.begin(client, work=0.8)
     assert cloud.has_run(first)
     second = cloud.begin(client, timeout=0.2)
     assert second.result()[:2] == ("CallTimeout", "unknown")
@@ -115,12 +115,12 @@ def test_a_full_server_refuses(cloud: Any) -> None:
     cloud.server("a", workers=1, inbox_messages=2)
     client = cloud.client()
     assert cloud.knows(client, 1)
-    taken = [cloud.begin(client, work=0.4)]
+    taken = [cloud.begin(client, work=1.0)]
     assert cloud.has_run(taken[0])
     more = [cloud.begin(client, work=0.0) for _ in range(4)]
     outcomes = [request.result() for request in more]
     assert sorted(outcome[:2] for outcome in outcomes) == [("Rejected", "no")] * 3 + [("replied", "yes")]
-    assert max(outcome.seconds for outcome in outcomes if outcome.outcome == "Rejected") < 0.2
+    assert max(outcome.seconds for outcome in outcomes if outcome.outcome == "Rejected") < 0.9
     assert sum(request.runs for request in more) == 1
     assert taken[0].result().outcome == "replied"
 
@@ -149,9 +149,9 @@ def test_a_request_that_may_have_run_stays_unknown_when_the_next_server_refuses_
     first, _full = cloud.server("a"), cloud.server("b", workers=1, inbox_messages=1)
     client = cloud.client()
     assert cloud.knows(client, 2)
-    slow = cloud.begin(client, server="b", work=1.0)
+    slow = cloud.begin(client, server="b", work=2.0)
     assert cloud.has_run(slow)
-    request = cloud.begin(client, work=2.0, idempotent=True)
+    request = cloud.begin(client, work=4.0, idempotent=True)
     assert cloud.has_run(request)
     cloud.crash(first)
     assert request.result()[:2] == ("Rejected", "unknown")
