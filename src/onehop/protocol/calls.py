@@ -119,9 +119,9 @@ class CallTable:
             raise WireError("a body that is announced and missing, or there and not announced")
         if kind == wire.REPLY:
             call = self.pending.get(id)
-            self.load = extent
             if call is not None and call.kind != wire.REQUEST:
                 raise WireError(f"a reply to {id}, which is no request")
+            self.load = extent
             if call is None or self.pending.pop(id, None) is None:
                 # Legal (wire 3.5): the call timed out here while the reply was on its way.
                 self.late += 1
@@ -131,6 +131,8 @@ class CallTable:
             moved.append(call)
         elif kind == wire.ACK:
             ids = wire.acked(frame)
+            if any(call.kind != wire.CAST for call in map(self.pending.get, ids) if call is not None):
+                raise WireError("an acknowledgement of what is no cast")
             self.load = extent
             for id in ids:
                 self._end(id, wire.CAST, TAKEN, None, moved)

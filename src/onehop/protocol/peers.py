@@ -164,4 +164,4 @@ def _node_id(name: str) -> bytes | None:
         id = bytes.fromhex(name)
     except ValueError:
         return None
-    return id if len(id) == 16 else None
+    return id if len(id) == 16 and id.hex() == name else None

@@ -284,7 +284,7 @@ class Engine:
             if flags & wire.STREAM:
                 call.items = deque()
             if link.calls.full(len(body)):
-                self._fail(attempt.window_full())
+                self._fail(attempt, attempt.window_full())
             section = terms.section(route.server, method)
             id = link.calls.begin(call)
             frame = wire.request(kind, flags, id, attempt.until - monotonic(), monitor, section, body)
@@ -342,7 +342,7 @@ class Engine:
                 attempt.seen = call.signs
                 link.wait(call, attempt.seen, min(until, monotonic() + monitor))
             if call.outcome is None and self.cancel(link, call):
-                self._fail(attempt.timed_out())
+                self._fail(attempt, attempt.timed_out())
             while call.outcome is None:  # another thread took it out of the table and is writing the outcome
                 link.wait(call, call.signs, monotonic() + 0.001)
         if call.outcome == REJECTED or call.outcome == LOST:
@@ -367,7 +367,7 @@ class Engine:
             if routes:
                 return choose(routes, next(terms.turns))
             if error is not None and (full or monotonic() >= ready):
-                self._fail(error)
+                self._fail(attempt, error)
             if tried:
                 # Each has been tried once. Another round after a pause, or when the view changes.
                 self._wait_for_change(self.protocol.routes, min(ready, monotonic() + attempt.pause))
@@ -376,23 +376,26 @@ class Engine:
             elif not self.wait_for(lambda: bool(self.protocol.routes.of(terms.service, terms.server)), ready):
                 if self.closed:
                     raise NodeClosed("this node was closed while a request waited for a server")
-                self._fail(attempt.no_route(self.protocol.routes, self.settings, ready))
+                self._fail(attempt, attempt.no_route(self.protocol.routes, self.settings, ready))
 
     def _again(self, attempt: Attempt, error: CallError) -> None:
         """Note that the route failed; returns if the request may go to another, raises ``error`` if not."""
         terms = attempt.terms
         attempt.tried.append(attempt.route)
         attempt.error = error
+        attempt.may_have_run |= error.executed == "unknown"
         record, idempotent = attempt.record, terms.idempotent
         if idempotent is None:
             idempotent = record is not None and attempt.method in record.idempotent.get(terms.service, ())
         safe = error.executed == "no" or (idempotent and error.executed == "unknown")
         if not safe or monotonic() >= attempt.until:
-            self._fail(error)
+            self._fail(attempt, error)
         with self.lock:
             self.outcomes["retried"] += 1
 
-    def _fail(self, error: Exception) -> NoReturn:
+    def _fail(self, attempt: Attempt, error: CallError) -> NoReturn:
+        if attempt.may_have_run and error.executed == "no":
+            error.executed = "unknown"  # this server certainly not; one that was tried before, perhaps
         with self.lock:
             self.outcomes[type(error).__name__] += 1
         raise error

@@ -151,6 +151,8 @@ class Inbound:
             action(self._inbox, *arguments)
             if not self._closed:
                 self._send_outgoing([])
+                if self.socket.readable():  # a send may eat the edge
+                    self._wake.set()
         self._turn()
 
     def _send(self, moved: list[Request]) -> None:
@@ -223,6 +225,7 @@ class Inbound:
             more = True
         if self._inbox.outgoing:
             self._send_outgoing(moved)
+            more = more or socket.readable()  # a send may eat the edge of what came meanwhile
         return more
 
     def _dispatch(self, moved: list[Request], leading: bool) -> None:

@@ -64,6 +64,7 @@ class Attempt:
     Attributes:
         route, link, call: of the server being tried now.
         tried: routes that failed in this round; ``error``: the last failure; ``pause``: seconds before another round.
+        may_have_run: at a server tried before, which was lost.
         record: of the peer when it was chosen; it may have none when the request has failed.
         seconds: how long it took, where that is asked for.
         seen: signs of life at the last look; -1 before the first.
@@ -75,6 +76,7 @@ class Attempt:
     started: float = field(default_factory=monotonic)
     tried: list[Route] = field(default_factory=list)
     error: CallError | None = None
+    may_have_run: bool = False
     pause: float = 0.05
     seconds: float = 0.0
     seen: int = -1

@@ -40,10 +40,11 @@ COMMON_OPTIONS: Options = (
 )
 LINK_OPTIONS: Options = (
     *COMMON_OPTIONS,
+    # Not -1 (never): libzmq then throws away what has arrived and was not read when the connection ends.
     (
         zmq.RECONNECT_IVL,
-        -1,
-        "libzmq reconnects without jitter and silently; a link that ends is reported, and ours to replace",
+        86_400_000,
+        "libzmq reconnects silently and without jitter; a link that ends is ours to replace",
     ),
     (zmq.IMMEDIATE, 0, "the hello may be queued before the connection stands; requests wait for its answer"),
     (zmq.SNDHWM, 8_192, "above the window of calls, which is the real bound; a second fence"),
