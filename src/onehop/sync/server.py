@@ -259,8 +259,9 @@ class Incoming:
 
     def requeue(self) -> None:
         """Put it back at the end of its listener's queue."""
-        if not self._request.answered:
-            self._request.target.put(self._request)
+        request, inbound = self._request, self._engine.inbound
+        if not request.answered and inbound is not None and not request.target.put(request):
+            inbound.interrupt()  # whoever polls for it may be the one who leads
 
     def __repr__(self) -> str:
         return f"<Incoming {self.kind} {self.method!r} of {self.service!r}>"
