@@ -1,0 +1,331 @@
+"""The rules of a link, one by one, on a socket that does as the test says.
+
+"In the lock" means: from inside a look for messages, which the holder of the link's lock makes.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pytest
+from tests.transport.conftest import LinkBench, reply_to
+
+from onehop.protocol import wire
+from onehop.protocol.calls import LOST, REPLIED
+from onehop.transport.link import BATCH
+
+SOON = 2.0  # seconds: far below the deadlines here, far above what a busy machine needs
+FAR = 30.0
+
+
+def far() -> float:
+    return time.monotonic() + FAR
+
+
+def waiter(bench: LinkBench, background, within: float = FAR):  # type: ignore[no-untyped-def]
+    """A thread that waits for a call of its own; (call, its result)."""
+    call, _frame = bench.begin()
+    return call, background(bench.link.wait, call, 0, time.monotonic() + within)
+
+
+def test_lone_caller_sends_and_receives_by_itself(bench: LinkBench) -> None:
+    call, frame = bench.begin()
+    threads = threading.active_count()
+    bench.socket.arrived.append(reply_to(call))
+    assert bench.link.exchange(call, frame, far())
+    assert threading.active_count() == threads
+    assert (call.outcome, bytes(call.body), call.sent) == (REPLIED, b"reply", True)
+    assert bench.socket.sent == [frame]
+
+
+def test_edge_wakes_the_leader(bench: LinkBench, background, eventually) -> None:
+    call, waiting = waiter(bench, background)
+    eventually(bench.link._lead.locked)
+    bench.socket.arrived.append(reply_to(call))
+    bench.socket.signal()
+    assert waiting.result(SOON) is True
+
+
+def test_frame_queued_in_the_lock_is_sent_after_its_release(bench: LinkBench, background) -> None:
+    other = wire.pack(wire.CANCEL, id=7)
+    bench.socket.looks.append(lambda: background(bench.link.post, None, other).result(SOON))
+    bench.link.post(None, wire.pack(wire.CANCEL, id=6))
+    assert bench.socket.sent == [wire.pack(wire.CANCEL, id=6), other]
+
+
+def test_frame_queued_while_the_leader_reads_its_own_reply_is_sent(bench: LinkBench, background) -> None:
+    call, frame = bench.begin()
+    other = wire.pack(wire.CANCEL, id=7)
+
+    def arrive() -> None:
+        background(bench.link.post, None, other).result(SOON)
+        bench.socket.arrived.append(reply_to(call))
+
+    bench.socket.looks.append(arrive)
+    assert bench.link.exchange(call, frame, far())
+    assert bench.socket.sent == [frame, other]
+
+
+def test_leader_is_woken_when_another_reads_its_reply(bench: LinkBench, background, eventually) -> None:
+    call, waiting = waiter(bench, background)
+    eventually(bench.link._lead.locked)
+    bench.socket.arrived.append(reply_to(call))  # no signal: the sender's look has eaten the edge
+    bench.link.post(None, wire.pack(wire.CANCEL, id=7))
+    assert waiting.result(SOON) is True
+
+
+def test_leader_is_woken_when_another_leaves_a_full_batch_behind(bench: LinkBench, background, eventually) -> None:
+    call, waiting = waiter(bench, background)
+    eventually(bench.link._lead.locked)
+    bench.socket.arrived.extend([wire.answer(wire.REPLY, 0, 999, b"")] * BATCH)  # type: ignore[list-item]
+    bench.socket.arrived.append(reply_to(call))
+    bench.link.post(None, wire.pack(wire.CANCEL, id=7))
+    assert waiting.result(SOON) is True
+    assert bench.calls.late == BATCH
+
+
+def test_follower_is_woken_by_the_leader_who_reads_its_reply(bench: LinkBench, background, eventually) -> None:
+    _first, leading = waiter(bench, background)
+    eventually(bench.link._lead.locked)
+    second, following = waiter(bench, background)
+    eventually(lambda: second.waiter is not None)
+    bench.socket.arrived.append(reply_to(second))
+    bench.socket.signal()
+    assert following.result(SOON) is True
+    assert not leading.ended
+
+
+@pytest.mark.parametrize("how", ["reply", "timeout"])
+def test_leader_that_leaves_hands_the_lead_on(bench: LinkBench, background, eventually, how: str) -> None:
+    first, leading = waiter(bench, background, within=FAR if how == "reply" else 0.2)
+    eventually(bench.link._lead.locked)
+    others = [waiter(bench, background) for _ in range(3)]
+    eventually(lambda: all(call.waiter is not None for call, _ in others) or how == "timeout")
+    if how == "reply":
+        bench.socket.arrived.append(reply_to(first))
+        bench.socket.signal()
+    assert leading.result(SOON) is (how == "reply")
+    for call, waiting in others:  # each in turn: whoever leads must look when the edge comes, and hand on
+        bench.socket.arrived.append(reply_to(call))
+        bench.socket.signal()
+        assert waiting.result(SOON) is True
+
+
+def test_follower_whose_time_is_up_leaves_alone(bench: LinkBench, background, eventually) -> None:
+    first, leading = waiter(bench, background)
+    eventually(bench.link._lead.locked)
+    _second, following = waiter(bench, background, within=0.1)
+    assert following.result(SOON) is False
+    bench.socket.arrived.append(reply_to(first))
+    bench.socket.signal()
+    assert leading.result(SOON) is True
+
+
+def test_newcomer_that_becomes_leader_while_its_reply_is_read_sees_it(bench: LinkBench, background, eventually) -> None:
+    call, _frame = bench.begin()
+    started = []
+
+    def arrive() -> None:
+        started.append(background(bench.link.wait, call, 0, far()))
+        eventually(bench.link._lead.locked)  # it leads, and waits for the lock
+        bench.socket.arrived.append(reply_to(call))
+
+    bench.socket.looks.append(arrive)
+    bench.link.post(None, wire.pack(wire.CANCEL, id=7))
+    assert started[0].result(SOON) is True
+
+
+def test_many_threads_on_a_slow_socket_each_get_their_reply(bench: LinkBench, background) -> None:
+    def answer() -> None:
+        asked = set()
+        while len(asked) < 400:
+            for frame in list(bench.socket.sent):
+                assert isinstance(frame, bytes)
+                number = wire.header(frame).id
+                if number not in asked:
+                    asked.add(number)
+                    bench.socket.arrived.append(wire.answer(wire.REPLY, 0, number, b"%d" % number))  # type: ignore[arg-type]
+                    bench.socket.signal()
+
+    def work() -> bool:
+        good = True
+        for _ in range(50):
+            call, frame = bench.begin()
+            good &= bench.link.exchange(call, frame, far()) and call.body == b"%d" % call.id
+        return good
+
+    answering = background(answer)
+    assert all(each.result(within=30) for each in [background(work) for _ in range(8)])
+    answering.result()
+    assert bench.calls.pending == {}
+
+
+# No room ------------------------------------------------------------------------------------------
+
+
+def test_frame_that_finds_no_room_is_sent_when_there_is_some(bench: LinkBench, background, eventually) -> None:
+    bench.socket.room = 0
+    call, frame = bench.begin()
+    waiting = background(bench.link.exchange, call, frame, far())
+    eventually(bench.link._lead.locked)
+    assert call.sent is False
+    bench.socket.room = 1
+    eventually(lambda: bench.socket.sent == [frame], within=SOON)
+    bench.socket.arrived.append(reply_to(call))
+    bench.socket.signal()
+    assert waiting.result(SOON) is True
+
+
+def test_frames_behind_one_that_finds_no_room_keep_their_order(bench: LinkBench) -> None:
+    bench.socket.room = 0
+    frames = [wire.pack(wire.CANCEL, id=number) for number in range(5)]
+    for frame in frames:
+        bench.link.post(None, frame)
+    assert bench.socket.sent == []
+    bench.socket.room = 5
+    bench.link.look()
+    assert bench.socket.sent == frames
+
+
+def test_call_that_was_given_up_before_it_left_is_not_sent(bench: LinkBench) -> None:
+    bench.socket.room = 0
+    call, frame = bench.begin()
+    assert bench.link.exchange(call, frame, time.monotonic() + 0.05) is False
+    assert bench.calls.give_up(call)
+    assert call.sent is False
+    bench.socket.room = 5
+    bench.link.look()
+    assert bench.socket.sent == []
+
+
+# What does not belong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\x11", b"\xff" * 16, wire.pack(wire.REQUEST), b"\x10\0\0\0" + b"\0" * 15])
+def test_garbage_is_counted_and_the_wait_goes_on(bench: LinkBench, garbage: bytes) -> None:
+    call, frame = bench.begin()
+    bench.link._control = lambda link, cold: wire.header(cold) and (_ for _ in ()).throw(wire.WireError("no"))  # type: ignore[assignment, attr-defined]
+    bench.socket.arrived.extend([garbage, reply_to(call)])
+    assert bench.link.exchange(call, frame, far())
+    assert bench.link.bad_frames == 1
+
+
+def test_cold_frames_are_given_to_control(bench: LinkBench) -> None:
+    call, frame = bench.begin()
+    bench.socket.arrived.extend([wire.goodbye("bye"), reply_to(call)])
+    assert bench.link.exchange(call, frame, far())
+    assert bench.cold == [wire.goodbye("bye")]
+
+
+def test_reply_to_nobody_is_counted_as_late(bench: LinkBench) -> None:
+    bench.socket.arrived.append(wire.answer(wire.REPLY, 0, 12345, b""))  # type: ignore[arg-type]
+    bench.link.look()
+    assert bench.calls.late == 1
+
+
+# Exceptions ---------------------------------------------------------------------------------------
+
+
+class Interrupt(Exception):
+    pass
+
+
+def test_exception_while_leading_hands_the_lead_on(bench: LinkBench, background, eventually) -> None:
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    main = threading.main_thread().ident
+    assert main == threading.get_ident()
+    first, frame = bench.begin()
+    followers = []
+
+    def disturb() -> None:
+        eventually(bench.link._lead.locked)
+        second, following = waiter(bench, background)
+        eventually(lambda: second.waiter is not None)
+        followers.append((second, following))
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        disturbing = background(disturb)
+        with pytest.raises(Interrupt):
+            bench.link.exchange(first, frame, far())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    disturbing.result()
+    ((second, following),) = followers
+    bench.socket.arrived.append(reply_to(second))
+    bench.socket.signal()
+    assert following.result(SOON) is True
+    assert not bench.link._lead.locked()
+    assert not bench.link._lock.locked()
+
+
+def test_exception_in_the_lock_releases_it(bench: LinkBench) -> None:
+    def interrupt() -> None:
+        raise Interrupt
+
+    call, frame = bench.begin()
+    bench.socket.looks.append(interrupt)
+    with pytest.raises(Interrupt):
+        bench.link.exchange(call, frame, far())
+    assert not bench.link._lead.locked()
+    assert not bench.link._lock.locked()
+    bench.socket.arrived.append(reply_to(call))
+    assert bench.link.wait(call, 0, far())
+
+
+def test_exception_in_the_lock_loses_no_reply_of_others(bench: LinkBench, background, eventually) -> None:
+    def interrupt() -> None:
+        raise Interrupt
+
+    first, leading = waiter(bench, background)
+    eventually(bench.link._lead.locked)
+    second, following = waiter(bench, background)
+    eventually(lambda: second.waiter is not None)
+    bench.socket.arrived.extend([reply_to(first), reply_to(second)])
+    bench.socket.looks.extend([lambda: None, lambda: None, interrupt])  # after both were read
+    with pytest.raises(Interrupt):
+        bench.link.post(None, wire.pack(wire.CANCEL, id=7))
+    assert leading.result(SOON) is True
+    assert following.result(SOON) is True
+
+
+# The end ------------------------------------------------------------------------------------------
+
+
+def test_end_reads_what_still_came_and_loses_the_rest(bench: LinkBench, background, eventually) -> None:
+    answered, first = waiter(bench, background)
+    lost, second = waiter(bench, background)
+    eventually(lambda: answered.waiter is not None or lost.waiter is not None)
+    bench.socket.arrived.append(reply_to(answered))
+    assert bench.link.end("the connection ended") is True
+    assert first.result(SOON) is True
+    assert second.result(SOON) is True
+    assert (answered.outcome, lost.outcome, lost.body) == (REPLIED, LOST, "the connection ended")
+    assert bench.link.end("again") is False
+    assert (bench.link.ready, bench.link.ended) == (False, "the connection ended")
+
+
+def test_nothing_is_sent_after_the_end(bench: LinkBench) -> None:
+    bench.link.end("the connection ended")
+    bench.link.post(None, wire.pack(wire.CANCEL, id=7))
+    call, frame = bench.begin()
+    assert bench.link.exchange(call, frame, time.monotonic() + 0.05) is False
+    assert bench.socket.sent == []
+
+
+def test_close_waits_for_the_leader_and_the_socket_is_not_used_after_it(
+    bench: LinkBench, background, eventually
+) -> None:
+    _call, waiting = waiter(bench, background)
+    eventually(bench.link._lead.locked)
+    bench.link.end("the connection ended")
+    bench.link.close(0.0)
+    bench.link.close(0.0)
+    assert waiting.result(SOON) is True
+    bench.link.look()
+    bench.link.post(None, wire.pack(wire.CANCEL, id=7))

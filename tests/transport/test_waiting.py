@@ -1,0 +1,85 @@
+"""How a thread waits and is woken."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from onehop.transport.waiting import Wake, acquire, new_lock, poll, release
+
+
+def test_wake_that_came_before_the_wait_ends_it() -> None:
+    wake = Wake()
+    wake.set()
+    wake.set()
+    began = time.monotonic()
+    wake.wait(30.0)
+    assert time.monotonic() - began < 5
+
+
+def test_wait_that_is_not_woken_ends_in_time_never_early() -> None:
+    wake = Wake()
+    for seconds in (0.0, 0.0004, 0.05):
+        began = time.monotonic()
+        wake.wait(seconds)
+        assert seconds <= time.monotonic() - began < seconds + 1
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 0.0])
+def test_wait_without_time_returns_at_once(seconds: float) -> None:
+    began = time.monotonic()
+    Wake().wait(seconds)
+    assert time.monotonic() - began < 1
+
+
+def test_wait_without_an_end_is_woken_by_another_thread(background) -> None:
+    wake = Wake()
+    waiting = background(wake.wait, float("inf"))
+    wake.set()
+    waiting.result(2.0)
+
+
+def test_wait_ends_when_the_descriptor_beside_it_is_readable() -> None:
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    wake = Wake(other)
+    os.eventfd_write(other, 1)
+    began = time.monotonic()
+    wake.wait(30.0)
+    assert time.monotonic() - began < 5
+    os.close(other)
+
+
+def test_poll_names_those_that_are_readable() -> None:
+    first, second = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+    assert poll([first, second], 0.0) == []
+    os.eventfd_write(second, 1)
+    assert poll([first, second], 30.0) == [second]
+    os.close(first)
+    os.close(second)
+
+
+def test_lock_may_be_released_twice() -> None:
+    lock = new_lock()
+    lock.acquire()
+    release(lock)
+    release(lock)
+    assert acquire(lock, 0.0)
+    assert not acquire(lock, 0.0)
+    assert not acquire(lock, -5.0)
+
+
+def test_waiting_for_a_lock_takes_any_number_of_seconds(background) -> None:
+    lock = new_lock()
+    lock.acquire()
+    waiting = background(acquire, lock, float("inf"))
+    release(lock)
+    assert waiting.result(2.0) is True
+
+
+def test_wake_gives_its_descriptor_back() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        Wake()
+    assert len(os.listdir("/proc/self/fd")) == before
