@@ -1,0 +1,236 @@
+"""Many threads on one client against two server processes, with every reply checked against its request.
+
+::
+
+    python tests/system/stress.py --calls 1000000 --threads 64
+
+Calls have random deadlines from half a millisecond to 30 s; some handlers are slow; some requests are casts; threads
+end and others start. At the end stands a ledger in which everything must be accounted for: a request without an
+outcome, a reply to another's request, a request that ran twice, a stall, or a table that is not empty is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import onehop
+
+SERVER = """
+import sys, threading, time
+import onehop
+
+lock = threading.Lock()
+seen = {}
+twice = []
+casts = set()
+
+def echo(thread, number, seconds):
+    key = (thread, number)
+    with lock:
+        if key in seen:
+            twice.append(key)
+        seen[key] = None
+    if seconds:
+        time.sleep(seconds)
+    return [thread, number]
+
+def note(thread, number):
+    with lock:
+        if (thread, number) in casts:
+            twice.append((thread, number))
+        casts.add((thread, number))
+
+def report():
+    now = node.statistics()
+    with lock:
+        return {"ran": len(seen), "casts": len(casts), "twice": twice[:10], "waiting": now.waiting,
+                "refused": now.refused, "received": now.received, "dropped": now.dropped}
+
+node = onehop.Node()
+node.serve("stress", {"echo": echo, "note": note, "report": onehop.method(inline=True)(report)}, server=sys.argv[1])
+print("serving", flush=True)
+sys.stdin.read()
+"""
+
+DEADLINES = (0.0005, 0.001, 0.002, 0.005, *[30.0] * 60)
+STALL = 1.0
+
+
+class Stress:
+    """One run.
+
+    Args:
+        calls: how many calls, all threads together.
+        threads: how many at a time; each ends after some calls, and another takes its place.
+        seed: of the choice of deadlines, casts and slow handlers.
+    """
+
+    def __init__(self, calls: int, threads: int, seed: int) -> None:
+        self.calls = calls
+        self.threads = threads
+        self.outcomes: Counter[str] = Counter()
+        self.wrong: list[Any] = []
+        self.longest_stall = 0.0
+        self.worst_overrun = 0.0
+        self._seed = seed
+        self._lock = threading.Lock()
+        self._begun = 0
+        self._ended = 0
+        self._numbers = 0
+
+    def run(self) -> bool:
+        """Run it and print the ledger; whether all adds up."""
+        servers = [
+            subprocess.Popen([sys.executable, "-c", SERVER, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for name in ("a", "b")
+        ]
+        try:
+            for each in servers:
+                assert each.stdout is not None
+                assert each.stdout.readline() == b"serving\n"
+            with onehop.Node() as node:
+                assert node.wait_for("stress", count=2, timeout=10.0)
+                return self._measure(node)
+        finally:
+            for each in servers:
+                each.kill()
+                each.wait()
+                for end in (each.stdin, each.stdout):
+                    assert end is not None
+                    end.close()
+
+    def _measure(self, node: onehop.Node) -> bool:
+        client = node.client("stress", timeout=30.0)
+        client.call("echo", -1, 0, 0), client.call("echo", -1, 1, 0)
+        began = time.monotonic()
+        slots = [threading.Thread(target=self._slot, args=(client,)) for _ in range(self.threads)]
+        watcher = threading.Thread(target=self._watch, args=(slots,))
+        for each in slots:
+            each.start()
+        watcher.start()
+        for each in slots:
+            each.join()
+        watcher.join()
+        seconds = time.monotonic() - began
+        return self._judge(node, client, seconds)
+
+    def _slot(self, client: onehop.Client) -> None:
+        """One thread after another, until enough calls were made."""
+        while True:
+            with self._lock:
+                if self._begun >= self.calls:
+                    return
+                self._numbers += 1
+                number = self._numbers
+                share = min(random.Random(self._seed + number).randint(50, 500), self.calls - self._begun)
+                self._begun += share
+            worker = threading.Thread(target=self._work, args=(client, number, share))
+            worker.start()
+            worker.join()
+
+    def _work(self, client: onehop.Client, thread: int, share: int) -> None:
+        dice = random.Random(self._seed * 1_000_003 + thread)
+        outcomes: Counter[str] = Counter()
+        by_deadline = {deadline: client.options(timeout=deadline) for deadline in set(DEADLINES)}
+        worst = 0.0
+        for number in range(share):
+            deadline = dice.choice(DEADLINES)
+            seconds = dice.choice((0.001, 0.003)) if dice.random() < 0.01 else 0
+            began = time.monotonic()
+            try:
+                reply = by_deadline[deadline].call("echo", thread, number, seconds)
+                outcomes["replied"] += 1
+                if reply != [thread, number]:
+                    self.wrong.append((thread, number, reply))
+            except onehop.CallError as error:
+                outcomes[f"{type(error).__name__}, executed {error.executed}"] += 1
+                if deadline == 30.0:
+                    self.wrong.append((thread, number, repr(error)))
+            except BaseException as error:
+                self.wrong.append((thread, number, repr(error)))
+            worst = max(worst, time.monotonic() - began - deadline)
+            self._ended += 1  # not exact under threads, and need not be: it is watched for standing still
+            if dice.random() < 0.1:
+                try:
+                    client.cast("note", thread, number)
+                    outcomes["cast"] += 1
+                except onehop.CallError as error:
+                    self.wrong.append((thread, number, repr(error)))
+        with self._lock:
+            self.outcomes += outcomes
+            self.worst_overrun = max(self.worst_overrun, worst)
+
+    def _watch(self, slots: list[threading.Thread]) -> None:
+        """The longest time in which no call at all ended."""
+        last, changed = -1, time.monotonic()
+        pause = threading.Event()
+        while any(each.is_alive() for each in slots):
+            pause.wait(0.02)
+            now = time.monotonic()
+            self.longest_stall = max(self.longest_stall, now - changed)
+            if self._ended != last:
+                last, changed = self._ended, now
+
+    def _judge(self, node: onehop.Node, client: onehop.Client, seconds: float) -> bool:
+        reports = [client.at(name).call("report") for name in ("a", "b")]
+        until = time.monotonic() + 5.0
+        while sum(each["casts"] for each in reports) < self.outcomes["cast"] and time.monotonic() < until:
+            reports = [client.at(name).call("report") for name in ("a", "b")]
+        now = node.statistics()
+        ended = sum(count for outcome, count in self.outcomes.items() if outcome != "cast")
+        ran = sum(each["ran"] for each in reports) - 2
+        unknown = sum(count for outcome, count in self.outcomes.items() if outcome.endswith("unknown"))
+        casts = sum(each["casts"] for each in reports)
+        print(f"{ended} calls by {self._numbers} threads, {self.threads} at a time, in {seconds:.1f} s: "
+              f"{ended / seconds:.0f} calls/s")  # fmt: skip
+        for outcome, count in sorted(self.outcomes.items()):
+            print(f"  {outcome}: {count}")
+        print(f"  ran: {ran} calls, {casts} casts | late replies dropped: {sum(peer.late for peer in now.peers)}")
+        print(f"  longest stall {self.longest_stall:.3f} s, worst overrun of a deadline {self.worst_overrun:.3f} s")
+        for each in reports:
+            print(f"  server: {each}")
+        checks = {
+            "every call has an outcome": ended == self.calls,
+            "every reply belongs to its request, no 30 s call failed": self.wrong == [],
+            "nothing ran twice": all(each["twice"] == [] for each in reports),
+            "replied <= ran <= replied + unknown": self.outcomes["replied"]
+            <= ran
+            <= self.outcomes["replied"] + unknown,
+            "every cast ran": casts == self.outcomes["cast"],
+            "no stall above 1 s": self.longest_stall < STALL,
+            "tables are empty": all(peer.in_flight == 0 for peer in now.peers),
+            "the servers' queues are empty": all(each["waiting"] == 0 for each in reports),
+        }
+        for check, holds in checks.items():
+            print(f"  {'ok  ' if holds else 'FAIL'} {check}")
+        for each in self.wrong[:10]:
+            print(f"  wrong: {each}")
+        return all(checks.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--calls", type=int, default=100_000)
+    parser.add_argument("--threads", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    directory = tempfile.mkdtemp(prefix="oh-", dir="/tmp")
+    os.environ["ONEHOP_RUN_DIRECTORY"] = directory
+    try:
+        return 0 if Stress(options.calls, options.threads, options.seed).run() else 1
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
