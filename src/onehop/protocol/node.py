@@ -105,6 +105,10 @@ class NodeProtocol:
         self._update([peer])
         return calls
 
+    def rouse(self) -> None:
+        """Let every resting peer be tried now: a fan-out names all who are known, not those last reached only."""
+        self.handle_timer(float("inf"))
+
     def handle_timer(self, now: float) -> None:
         """Let rested peers be routes again."""
         self._update(self.peers.handle_timer(now))

@@ -96,6 +96,7 @@ class PeerTable:
     def __init__(self, node: bytes, random: Callable[[], float]) -> None:
         self.node = node
         self.peers: dict[bytes, Peer] = {}
+        self.resting: dict[bytes, Peer] = {}
         self._random = random
         self._highest = 0
         self._view: dict[str, RecordLike] = {}
@@ -139,6 +140,10 @@ class PeerTable:
             peer.rested_at = now + self._random() * min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(peer.failures, 10))
             if peer.record is None:
                 peer.state = GONE
+        if peer.state == RESTING:
+            self.resting[peer.id] = peer
+        else:
+            self.resting.pop(peer.id, None)
         if event in (LOST, FORGOTTEN):
             old = peer.calls
             peer.calls = CallTable(peer.numbers, messages=old.messages, large_bytes=old.large_bytes)
@@ -151,8 +156,8 @@ class PeerTable:
         return True
 
     def handle_timer(self, now: float) -> list[Peer]:
-        """Let rested peers be tried again; returns them."""
-        rested = [peer for peer in self.peers.values() if peer.state == RESTING and peer.rested_at <= now]
+        """Let peers that have rested be tried again; returns them."""
+        rested = [peer for peer in self.resting.values() if peer.rested_at <= now]
         for peer in rested:
             self.event(peer, RESTED, now)
         return rested

@@ -300,7 +300,7 @@ class Node:
             each._after_fork()
         self._servers.clear()
         if engine is not None:
-            engine.registry.forget()
+            engine.forget()
             _inherited_engines.append(engine)
 
 

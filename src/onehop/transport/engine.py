@@ -415,6 +415,8 @@ class Engine:
         """
         until = self._check(terms, method, body)
         self.registry.refresh()
+        with self.lock:
+            self.protocol.rouse()
         everyone = []
         for route in self.protocol.routes.distinct(terms.service, terms.server):
             attempt = Attempt(terms, method, until)
@@ -667,6 +669,17 @@ class Engine:
             link.close(GOODBYE_LINGER)
         if self.inbound is None or self.inbound.close(linger):
             self.carrier.close()
+
+    def forget(self) -> None:
+        """In a forked child: nothing of the parent's is touched any more, by whoever still holds a part of this."""
+        self.closed = True
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.registry.forget()
+        for link in list(self._links.values()):
+            link.forget()
+        if self.inbound is not None:
+            self.inbound.forget()
 
     def expired(self, request: Request) -> bool:
         """Whether ``request`` must not be run any more."""

@@ -324,6 +324,11 @@ class Inbound:
         finally:
             self._leading_for = None
 
+    def forget(self) -> None:
+        """In a forked child: the socket is the parent's."""
+        self._closing = self._closed = True
+        self._lock, self._lead, self._running = new_lock(), new_lock(), new_lock()
+
     def close(self, linger: float) -> bool:
         """Stop receiving and give the socket back; what was answered may leave for ``linger`` seconds.
 

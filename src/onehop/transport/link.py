@@ -149,15 +149,15 @@ class Link:
         try:
             sent = self._send()
             more = self._drain(moved, cold)
-        finally:
+        finally:  # an interrupt (Ctrl-C) must not keep from others what was read for them
             self._lock.release()
-        if moved:
-            self.tell(moved, me)
-        for frame in cold:
-            try:
-                self._control(self, frame)
-            except WireError:
-                self.bad_frames += 1
+            if moved:
+                self.tell(moved, me)
+            for frame in cold:
+                try:
+                    self._control(self, frame)
+                except WireError:
+                    self.bad_frames += 1
         return sent, more
 
     def look(self) -> None:
@@ -287,6 +287,13 @@ class Link:
         self.tell([*moved, *self.calls.lose(why)])
         self._wake.set()
         return True
+
+    def forget(self) -> None:
+        """In a forked child: the socket is the parent's. libzmq would let nobody out who touched it here."""
+        self.ready = False
+        self.ended = "it belongs to the parent of this forked process"
+        self._lock, self._lead, self.opening = new_lock(), new_lock(), new_lock()
+        self.calls.lose(self.ended)
 
     def close(self, linger: float) -> None:
         """Give the socket back, letting what was sent leave for ``linger`` seconds; after :meth:`end`.

@@ -89,7 +89,7 @@ class _Socket:
 
     def __init__(self, context: zmq.Context[Any], kind: int, options: Options) -> None:
         try:
-            self._socket: zmq.Socket[bytes] = zmq.Socket(context, kind)
+            self._socket = context.socket(kind)  # so that the context can close what an error left open
         except zmq.ZMQError as error:
             raise ResourceLimit(f"ZeroMQ gives no more sockets: {error}; raise the descriptor limit") from None
         for option, value, _reason in options:
