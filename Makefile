@@ -9,14 +9,16 @@ STAMP := $(VENV)/.installed
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
-demo: $(STAMP)  ## a small Nova without a broker: nine processes, two of them killed, a ledger at the end
+demo: $(STAMP)  ## a small Nova without a broker: ten processes, two of them killed, a ledger at the end
 	@$(BIN)/onehop demo
 
 test: $(STAMP)  ## everything: lint, our tests in two processes, oslo.messaging's own tests
 	@bash tests/system_packages.sh
 	@$(MAKE) --no-print-directory lint
 	@echo "== tests"
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --ignore tests/protocol
+	@echo "== tests of the core, which cover each of its branches by themselves"
+	@$(BIN)/python -m pytest -n 2 tests/protocol --cov --cov-config=tests/protocol/coverage.ini
 	@$(MAKE) --no-print-directory test-oslo
 
 test-oslo: $(STAMP)  ## oslo.messaging's own test-suite over zmq://
@@ -30,7 +32,7 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/mypy --strict src
 
 bench-simulator: $(STAMP)  ## rates over zmq:// and over rabbit://, interleaved
-	@$(BIN)/python benchmarks/simulator.py
+	@$(BIN)/python benchmarks/simulator/run.py
 
 clean:  ## remove the environment and what tools left behind
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .stestr .coverage .coverage.* htmlcov
