@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -24,6 +25,14 @@ class PeerStatistics(msgspec.Struct, frozen=True):
     """Answers that came after their call had ended; dropped."""
     bad_frames: int
     """Frames of its that break the wire format; dropped."""
+
+
+def of_peer(peer: Any) -> PeerStatistics:
+    """The snapshot of a peer, as :class:`onehop.protocol.peers.Peer` keeps it."""
+    host = "" if peer.record is None else peer.record.host
+    bad_frames = 0 if peer.link is None else peer.link.bad_frames
+    calls = peer.calls
+    return PeerStatistics(peer.id.hex(), host, peer.state, len(calls.pending), calls.last, calls.late, bad_frames)
 
 
 class Statistics(msgspec.Struct, frozen=True):

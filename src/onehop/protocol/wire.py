@@ -26,21 +26,10 @@ _MONITOR = struct.Struct("<I")
 _HELLO = struct.Struct("<BBHIQ16s16s")
 
 # Kinds (wire 3). Those a link hands to a waiting call come last, so that one comparison tells them apart.
-HELLO = 1
-REQUEST = 2
-CAST = 3
-CREDIT = 4
-CANCEL = 5
-GOODBYE = 6
-PING = 7
-ACK = 16
-REPLY = 17
-ITEM = 18
-PROGRESS = 19
-REJECT = 20
-PONG = 21
+HELLO, REQUEST, CAST, CREDIT, CANCEL, GOODBYE, PING = range(1, 8)
+ACK, REPLY, ITEM, PROGRESS, REJECT, PONG = range(16, 22)
 FIRST_FOR_CALLS = ACK
-KINDS = frozenset((HELLO, REQUEST, CAST, CREDIT, CANCEL, GOODBYE, PING, ACK, REPLY, ITEM, PROGRESS, REJECT, PONG))
+KINDS = frozenset((*range(HELLO, PING + 1), *range(ACK, PONG + 1)))
 
 # Flags (wire 2.2). A flag that a kind does not list must be zero.
 BODY_FOLLOWS = 0x01

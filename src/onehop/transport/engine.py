@@ -18,19 +18,7 @@ from contextvars import ContextVar
 from time import monotonic
 from typing import NamedTuple, NoReturn
 
-from onehop.errors import (
-    CallError,
-    CallTimeout,
-    NodeClosed,
-    NoRoute,
-    PeerLost,
-    ProtocolError,
-    RegistryError,
-    Rejected,
-    ResourceLimit,
-    TooLarge,
-    WireError,
-)
+from onehop import errors
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
 from onehop.protocol.calls import LOST, REJECTED, REPLIED, Call
@@ -40,7 +28,7 @@ from onehop.protocol.peers import Peer
 from onehop.protocol.routes import Route, Routes, choose
 from onehop.protocol.wire import Body
 from onehop.settings import Settings
-from onehop.statistics import PeerStatistics, Statistics
+from onehop.statistics import Statistics, of_peer
 from onehop.transport.carrier import Carrier
 from onehop.transport.inbound import FOREVER, Inbound, Queue
 from onehop.transport.link import Link
@@ -171,17 +159,17 @@ class Engine:
         """
         with self.lock:
             if self.closed:
-                raise NodeClosed("this node is closed; make a new one")
+                raise errors.NodeClosed("this node is closed; make a new one")
             link: Link | None = peer.link
             if link is not None and link.ended is None:
                 return link
             record = peer.record
             hello = self.protocol.connect(peer, monotonic()) if record is not None else None
             if hello is None or record is None:
-                raise PeerLost(f"node {peer.id.hex()} is {peer.state}: not connected to", executed="no")
+                raise errors.PeerLost(f"node {peer.id.hex()} is {peer.state}: not connected to", executed="no")
             try:
                 socket = self.carrier.connect(record.endpoints[0])
-            except ResourceLimit:
+            except errors.ResourceLimit:
                 self.protocol.lost(peer, "no room for a connection", monotonic())
                 raise
             link = peer.link = Link(socket, peer.calls, lambda link, frame: self._control(peer, link, frame))
@@ -201,12 +189,12 @@ class Engine:
         if link.hello.outcome == REPLIED:
             return link
         if link.hello.outcome is None and monotonic() >= until:
-            raise CallTimeout(f"{name_of(peer)} did not answer the hello before the deadline", executed="no")
+            raise errors.CallTimeout(f"{name_of(peer)} did not answer the hello before the deadline", executed="no")
         why = link.ended or "it did not answer the hello"
         if link.hello.outcome == REJECTED:
             why = "{}: {}".format(*link.hello.body)
         self._lost(peer, link, why)
-        raise PeerLost(f"no connection to {name_of(peer)}: {link.error or why}", executed="no") from link.error
+        raise errors.PeerLost(f"no connection to {name_of(peer)}: {link.error or why}", executed="no") from link.error
 
     def _await_hello(self, link: Link, until: float) -> bool:
         """Wait until the hello has an outcome, for as long as a peer has to answer it; whether it has."""
@@ -225,9 +213,9 @@ class Engine:
             with self.changed:
                 ready = self.protocol.control(peer, frame, monotonic(), ended)
                 self.changed.notify_all()
-        except WireError:
+        except errors.WireError:
             raise
-        except ProtocolError as error:
+        except errors.ProtocolError as error:
             link.error = error
             self._lost(peer, link, str(error))
             return
@@ -276,7 +264,7 @@ class Engine:
             if link is None or not link.ready:
                 try:
                     link = self._connect(route.peer, attempt.until)
-                except (PeerLost, CallTimeout) as failure:
+                except (errors.PeerLost, errors.CallTimeout) as failure:
                     self._again(attempt, failure)
                     continue
             call = attempt.call = Call(kind, attempt.until, len(body))
@@ -301,9 +289,9 @@ class Engine:
                     attempt.seen = 0
                     link.exchange(call, frame, min(attempt.until, monotonic() + monitor))
                 self.outcome(attempt)
-            except CallTimeout:
+            except errors.CallTimeout:
                 raise
-            except CallError as error:
+            except errors.CallError as error:
                 self._again(attempt, error)
                 continue
             except BaseException:
@@ -314,9 +302,9 @@ class Engine:
     def _check(self, terms: Terms, method: str, body: Body) -> float:
         """The deadline of a request that begins now."""
         if self.closed:
-            raise NodeClosed("this node is closed; make a new one")
+            raise errors.NodeClosed("this node is closed; make a new one")
         if len(body) > self.settings.max_message:
-            raise TooLarge(
+            raise errors.TooLarge(
                 f"{method!r} of {terms} with {len(body)} bytes; max_message allows {self.settings.max_message}. "
                 "Send less at a time (stream), or raise the setting on both sides"
             )
@@ -359,7 +347,7 @@ class Engine:
         """
         terms, tried = attempt.terms, attempt.tried
         error = attempt.error
-        full = isinstance(error, Rejected) and error.reason == "full"
+        full = isinstance(error, errors.Rejected) and error.reason == "full"
         ready = min(attempt.until, attempt.started + terms.ready_timeout)
         while True:
             routes = self.protocol.routes.of(terms.service, terms.server)
@@ -375,10 +363,10 @@ class Engine:
                 tried.clear()
             elif not self.wait_for(lambda: bool(self.protocol.routes.of(terms.service, terms.server)), ready):
                 if self.closed:
-                    raise NodeClosed("this node was closed while a request waited for a server")
+                    raise errors.NodeClosed("this node was closed while a request waited for a server")
                 self._fail(attempt, attempt.no_route(self.protocol.routes, self.settings, ready))
 
-    def _again(self, attempt: Attempt, error: CallError) -> None:
+    def _again(self, attempt: Attempt, error: errors.CallError) -> None:
         """Note that the route failed; returns if the request may go to another, raises ``error`` if not."""
         terms = attempt.terms
         attempt.tried.append(attempt.route)
@@ -393,7 +381,7 @@ class Engine:
         with self.lock:
             self.outcomes["retried"] += 1
 
-    def _fail(self, attempt: Attempt, error: CallError) -> NoReturn:
+    def _fail(self, attempt: Attempt, error: errors.CallError) -> NoReturn:
         if attempt.may_have_run and error.executed == "no":
             error.executed = "unknown"  # this server certainly not; one that was tried before, perhaps
         with self.lock:
@@ -424,8 +412,8 @@ class Engine:
             everyone.append(attempt)
             try:  # all connections begin before any is waited for
                 attempt.link = self._begin_link(route.peer)
-            except (CallError, ResourceLimit) as error:
-                attempt.error = error if isinstance(error, CallError) else NoRoute(str(error))
+            except (errors.CallError, errors.ResourceLimit) as error:
+                attempt.error = error if isinstance(error, errors.CallError) else errors.NoRoute(str(error))
         waiting = [attempt for attempt in everyone if attempt.error is None]
         while waiting:  # each is sent to as soon as it is ready: a silent one holds up nobody
             silent = []
@@ -438,14 +426,14 @@ class Engine:
                     continue
                 try:
                     self._post_to(attempt, kind, flags, body)
-                except CallError as error:
+                except errors.CallError as error:
                     attempt.error = error
             waiting = silent
         for attempt in everyone:
             if attempt.error is None:
                 try:
                     self.outcome(attempt)
-                except CallError as error:
+                except errors.CallError as error:
                     attempt.error = error
             attempt.seconds = monotonic() - attempt.started
         return everyone
@@ -481,7 +469,7 @@ class Engine:
         """
         with self._announcing:
             if self.closed or self._draining:
-                raise NodeClosed("this node is closed or draining; make a new one to serve")
+                raise errors.NodeClosed("this node is closed or draining; make a new one to serve")
             if self.inbound is None:
                 endpoint = self._endpoint(self.protocol.id)
                 self.inbound = Inbound(self.carrier.bind(endpoint), self.protocol.inbox, self._wake.set)
@@ -491,7 +479,7 @@ class Engine:
                 self.inbound.start_receiver()
             try:
                 self._announce()
-            except RegistryError:
+            except errors.RegistryError:
                 self.withdraw(queue)
                 raise
         self._keep()
@@ -618,18 +606,7 @@ class Engine:
         """A snapshot."""
         inbox: Inbox = self.protocol.inbox
         with self.lock:
-            peers = tuple(
-                PeerStatistics(
-                    node=peer.id.hex(),
-                    host=peer.record.host if peer.record is not None else "",
-                    state=peer.state,
-                    in_flight=len(peer.calls.pending),
-                    sent=peer.calls.last,
-                    late=peer.calls.late,
-                    bad_frames=peer.link.bad_frames if peer.link is not None else 0,
-                )
-                for peer in self.protocol.peers.peers.values()
-            )
+            peers = tuple(map(of_peer, self.protocol.peers.peers.values()))
             outcomes = dict(self.outcomes)
         return Statistics(
             node=self.protocol.id.hex(),

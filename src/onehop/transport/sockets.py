@@ -41,11 +41,7 @@ COMMON_OPTIONS: Options = (
 LINK_OPTIONS: Options = (
     *COMMON_OPTIONS,
     # Not -1 (never): libzmq then throws away what has arrived and was not read when the connection ends.
-    (
-        zmq.RECONNECT_IVL,
-        86_400_000,
-        "libzmq reconnects silently and without jitter; a link that ends is ours to replace",
-    ),
+    (zmq.RECONNECT_IVL, 86_400_000, "libzmq reconnects silently, without jitter; a link that ends is ours to replace"),
     (zmq.IMMEDIATE, 0, "the hello may be queued before the connection stands; requests wait for its answer"),
     (zmq.SNDHWM, 8_192, "above the window of calls, which is the real bound; a second fence"),
     (zmq.RCVHWM, 8_192, "the same for replies"),
