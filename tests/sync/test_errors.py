@@ -300,3 +300,13 @@ def test_unknown_setting_and_bad_server_are_refused_before_anything_runs(node) -
         node().serve("clock", {"read": time.time}, workers=0)
     with pytest.raises(SettingsError, match="'read' is to be served but 5 cannot be called"):
         node().serve("clock", {"read": 5})
+
+
+@pytest.mark.parametrize(("method", "kind"), [("nope", "NoSuchMethod"), ("read", "BadArguments")])
+def test_missing_method_of_a_nested_call_is_the_handlers_own_error(node, method, kind) -> None:
+    node().serve("inner", {"read": lambda needed: needed})
+    middle = node()
+    middle.serve("middle", {"relay": lambda: middle.call("inner", method)})
+    error = remote_error(node().client("middle"), "relay")
+    assert type(error) is RemoteError
+    assert (error.type, error.executed) == (kind, "yes")
