@@ -46,26 +46,19 @@ class Settings:
     duplicate_window: int = _setting(4_096, "how far out of order a request may come and still be known as new")
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            _check_type(each.name, type(each.default), getattr(self, each.name))
         for name in ("realm", "host"):
             if len(getattr(self, name).encode("utf-8", "replace")) > 255:
                 raise SettingsError(f"{name} is longer than 255 bytes: {getattr(self, name)[:40]!r}...")
         for name in ("timeout", "drain_timeout"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}; it must be a number of seconds above 0")
-        if self.ready_timeout < 0:
+        if not self.ready_timeout >= 0:
             raise SettingsError(f"ready_timeout is {self.ready_timeout!r}; it must be 0 or more seconds")
-        for name in (
-            "workers",
-            "inbox_messages",
-            "inbox_bytes",
-            "window_messages",
-            "window_bytes",
-            "max_message",
-            "stream_credit",
-            "duplicate_window",
-        ):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)!r}; it must be 1 or more")
+        for each in fields(self):
+            if type(each.default) is int and getattr(self, each.name) < 1:
+                raise SettingsError(f"{each.name} is {getattr(self, each.name)!r}; it must be 1 or more")
 
     @property
     def host_name(self) -> str:
@@ -98,16 +91,17 @@ def revise(settings: Settings, **changes: Any) -> Settings:
     Raises:
         SettingsError: a field is unknown, of the wrong type, or its value does not fit.
     """
-    known = {each.name: each for each in fields(Settings)}
-    for name, value in changes.items():
+    known = sorted(each.name for each in fields(Settings))
+    for name in changes:
         if name not in known:
-            raise SettingsError(f"no setting is called {name!r}; there are: {', '.join(sorted(known))}")
-        wanted = type(known[name].default)
-        if not isinstance(value, (int, float) if wanted is float else wanted) or (
-            isinstance(value, bool) and wanted is not bool
-        ):
-            raise SettingsError(f"setting {name} is {value!r}; it must be of type {wanted.__name__}")
+            raise SettingsError(f"no setting is called {name!r}; there are: {', '.join(known)}")
     return replace(settings, **changes)
+
+
+def _check_type(name: str, wanted: type, value: Any) -> None:
+    fits = isinstance(value, (int, float) if wanted is float else wanted)
+    if not fits or (isinstance(value, bool) and wanted is not bool):
+        raise SettingsError(f"setting {name} is {value!r}; it must be of type {wanted.__name__}")
 
 
 def _parse(name: str, wanted: type, text: str) -> Any:
