@@ -74,7 +74,7 @@ def answer(incoming: Incoming, reply: Any, failure: payload.Failure | None) -> N
         incoming.reply_raw(payload.encode_failure(failure) if failure else payload.encode([reply]))
     except (*payload.UNENCODABLE, errors.PayloadError):
         problem: Any = failure or sys.exc_info()
-        LOG.error("The result of %s.%s cannot be sent: %s", incoming.service, incoming.method, sys.exc_info()[1])
+        LOG.error("The result of %r of %r cannot be sent: %s", incoming.method, incoming.service, sys.exc_info()[1])
         incoming.reply_raw(payload.encode_failure(problem, limit=2000))
 
 

@@ -103,7 +103,7 @@ class Server:
             frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(self._queue))
             if request.kind == wire.CAST:
                 # Nobody waits for it, so nobody else would ever know.
-                log.exception("the handler of cast %s.%s raised", self.service, request.method)
+                log.exception("the handler of cast %r of service %r raised", request.method, self.service)
                 inbound.counts["casts whose handler raised"] += 1
         finally:
             _running.reset(running_token)
