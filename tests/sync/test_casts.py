@@ -103,7 +103,7 @@ def test_cast_whose_handler_fails_is_logged_and_counted(node, caplog, eventually
     with caplog.at_level(logging.ERROR, "onehop"):
         node().cast("clock", "fail")
         eventually(lambda: serving.statistics().dropped.get("casts whose handler raised") == 1)
-    assert "the handler of cast clock.fail raised" in caplog.text
+    assert "the handler of cast 'fail' of service 'clock' raised" in caplog.text
     assert "a will not" in caplog.text
     assert serving.statistics().taken == 0
 

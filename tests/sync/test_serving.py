@@ -27,9 +27,9 @@ def test_handlers_run_side_by_side_in_so_many_workers(node, gate, workers) -> No
 
 
 def test_workers_come_when_needed_and_are_kept(node) -> None:
-    node().serve("clock", {"who": threading.get_ident})
+    node().serve("clock", {"who": threading.get_ident}, workers=50)
     client = node().client("clock")
-    assert len({client.call("who") for _ in range(50)}) <= 2
+    assert len({client.call("who") for _ in range(100)}) <= 10  # one, and those that came while it was on its way back
 
 
 def test_settings_say_how_many_workers(node, gate) -> None:

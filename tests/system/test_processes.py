@@ -372,7 +372,7 @@ def test_memory_and_descriptors_stay_flat_with_nodes_that_come_and_go(start) -> 
         node.serve("clock", {
             "echo": lambda value: value,
             "size": lambda: [resident(), len(os.listdir("/proc/self/fd")), threading.active_count()],
-        })
+        }, workers=1)
         print("serving", flush=True)
         sys.stdin.read()
     """)

@@ -35,6 +35,7 @@ class ScriptedLink(LinkSocket):
         sent: what was handed over.
         room: how many more frames it takes.
         looks: called at each look for a message, inside the link's lock; taken off once called.
+        looked: how many looks there were.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class ScriptedLink(LinkSocket):
         self.sent: list[Frame] = []
         self.room = 1_000_000
         self.looks: deque[Callable[[], Any]] = deque()
+        self.looked = 0
         self.closed = False
 
     def signal(self) -> None:
@@ -59,6 +61,7 @@ class ScriptedLink(LinkSocket):
 
     def readable(self) -> bool:
         assert not self.closed
+        self.looked += 1
         if self.looks:
             self.looks.popleft()()
         if not self.arrived:
@@ -103,7 +106,7 @@ def bench() -> Iterator[LinkBench]:
 
 
 class ScriptedInbound(InboundSocket):
-    """An inbound socket's carrier end; see :class:`ScriptedLink`."""
+    """An inbound socket's carrier end; see :class:`ScriptedLink`. ``sends`` are called at each sending."""
 
     endpoints = ("scripted://",)
 
@@ -114,6 +117,8 @@ class ScriptedInbound(InboundSocket):
         self.gone: set[bytes] = set()
         self.full: set[bytes] = set()
         self.looks: deque[Callable[[], Any]] = deque()
+        self.sends: deque[Callable[[], Any]] = deque()
+        self.looked = 0
         self.closed = False
 
     def signal(self) -> None:
@@ -121,6 +126,8 @@ class ScriptedInbound(InboundSocket):
 
     def send(self, identity: bytes, frame: Frame) -> bool:
         assert not self.closed
+        if self.sends:
+            self.sends.popleft()()
         if identity in self.gone:
             raise Unreachable
         if identity in self.full:
@@ -130,6 +137,7 @@ class ScriptedInbound(InboundSocket):
 
     def readable(self) -> bool:
         assert not self.closed
+        self.looked += 1
         if self.looks:
             self.looks.popleft()()
         if not self.arrived:

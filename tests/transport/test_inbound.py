@@ -26,6 +26,12 @@ def offer(bench: InboundBench, service: str, queue: Queue | None = None) -> Queu
     return queue
 
 
+def leads(bench: InboundBench, looked: int) -> bool:
+    """Whether somebody leads, has looked since ``looked``, and is (or is about to be) asleep on the descriptor."""
+    inbound = bench.inbound
+    return inbound._lead.locked() and bench.socket.looked > looked and not inbound._lock.locked()
+
+
 def take_in(bench: InboundBench, service: str, **details: str) -> None:
     bench.arrive(bench.request(service, **details))
     bench.socket.signal()
@@ -107,8 +113,9 @@ def test_leader_is_woken_when_who_answers_takes_in_its_request(
     take_in(bench, "alarm")
     request = bench.inbound.take(other, far())
     assert request is not None
+    looked = bench.socket.looked
     leading = background(bench.inbound.take, queue, far())
-    eventually(bench.inbound._lead.locked)
+    eventually(lambda: leads(bench, looked))
     bench.arrive(bench.request("clock"))  # no signal: the answering thread's look has eaten the edge
     bench.inbound.answer(request, answer_of(request))
     assert leading.result(SOON).service == "clock"
@@ -122,14 +129,23 @@ def test_leader_is_woken_when_who_answers_leaves_a_full_batch_behind(
     take_in(bench, "alarm")
     request = bench.inbound.take(other, far())
     assert request is not None
+    looked = bench.socket.looked
     leading = background(bench.inbound.take, queue, far())
-    eventually(bench.inbound._lead.locked)
+    eventually(lambda: leads(bench, looked))
     for _ in range(BATCH):
         bench.arrive(wire.pack(wire.PING, id=5))
     bench.arrive(bench.request("clock"))
     bench.inbound.answer(request, answer_of(request))
     assert leading.result(SOON).service == "clock"
     assert bench.kinds_sent().count(wire.PONG) == BATCH
+
+
+def test_request_whose_edge_was_eaten_by_a_sending_is_seen(inbound_bench: InboundBench, background) -> None:
+    bench = inbound_bench
+    queue = offer(bench, "clock")
+    bench.socket.sends.append(lambda: bench.arrive(bench.request("clock")))  # no signal
+    bench.arrive(wire.pack(wire.PING, id=5))
+    assert background(bench.inbound.take, queue, far()).result(SOON).service == "clock"
 
 
 def test_answer_is_sent_once(inbound_bench: InboundBench) -> None:

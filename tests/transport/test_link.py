@@ -24,6 +24,11 @@ def far() -> float:
     return time.monotonic() + FAR
 
 
+def polls(bench: LinkBench) -> bool:
+    """Whether somebody leads, has looked, and is (or is about to be) asleep on the descriptor."""
+    return bench.link._lead.locked() and bench.socket.looked > 0 and not bench.link._lock.locked()
+
+
 def waiter(bench: LinkBench, background, within: float = FAR):  # type: ignore[no-untyped-def]
     """A thread that waits for a call of its own; (call, its result)."""
     call, _frame = bench.begin()
@@ -42,7 +47,7 @@ def test_lone_caller_sends_and_receives_by_itself(bench: LinkBench) -> None:
 
 def test_edge_wakes_the_leader(bench: LinkBench, background, eventually) -> None:
     call, waiting = waiter(bench, background)
-    eventually(bench.link._lead.locked)
+    eventually(lambda: polls(bench))
     bench.socket.arrived.append(reply_to(call))
     bench.socket.signal()
     assert waiting.result(SOON) is True
@@ -70,7 +75,7 @@ def test_frame_queued_while_the_leader_reads_its_own_reply_is_sent(bench: LinkBe
 
 def test_leader_is_woken_when_another_reads_its_reply(bench: LinkBench, background, eventually) -> None:
     call, waiting = waiter(bench, background)
-    eventually(bench.link._lead.locked)
+    eventually(lambda: polls(bench))
     bench.socket.arrived.append(reply_to(call))  # no signal: the sender's look has eaten the edge
     bench.link.post(None, wire.pack(wire.CANCEL, id=7))
     assert waiting.result(SOON) is True
@@ -78,7 +83,7 @@ def test_leader_is_woken_when_another_reads_its_reply(bench: LinkBench, backgrou
 
 def test_leader_is_woken_when_another_leaves_a_full_batch_behind(bench: LinkBench, background, eventually) -> None:
     call, waiting = waiter(bench, background)
-    eventually(bench.link._lead.locked)
+    eventually(lambda: polls(bench))
     bench.socket.arrived.extend([wire.answer(wire.REPLY, 0, 999, b"")] * BATCH)  # type: ignore[list-item]
     bench.socket.arrived.append(reply_to(call))
     bench.link.post(None, wire.pack(wire.CANCEL, id=7))
@@ -88,7 +93,7 @@ def test_leader_is_woken_when_another_leaves_a_full_batch_behind(bench: LinkBenc
 
 def test_follower_is_woken_by_the_leader_who_reads_its_reply(bench: LinkBench, background, eventually) -> None:
     _first, leading = waiter(bench, background)
-    eventually(bench.link._lead.locked)
+    eventually(lambda: polls(bench))
     second, following = waiter(bench, background)
     eventually(lambda: second.waiter is not None)
     bench.socket.arrived.append(reply_to(second))
@@ -100,7 +105,7 @@ def test_follower_is_woken_by_the_leader_who_reads_its_reply(bench: LinkBench, b
 @pytest.mark.parametrize("how", ["reply", "timeout"])
 def test_leader_that_leaves_hands_the_lead_on(bench: LinkBench, background, eventually, how: str) -> None:
     first, leading = waiter(bench, background, within=FAR if how == "reply" else 0.2)
-    eventually(bench.link._lead.locked)
+    eventually(lambda: polls(bench))
     others = [waiter(bench, background) for _ in range(3)]
     eventually(lambda: all(call.waiter is not None for call, _ in others) or how == "timeout")
     if how == "reply":
@@ -115,7 +120,7 @@ def test_leader_that_leaves_hands_the_lead_on(bench: LinkBench, background, even
 
 def test_follower_whose_time_is_up_leaves_alone(bench: LinkBench, background, eventually) -> None:
     first, leading = waiter(bench, background)
-    eventually(bench.link._lead.locked)
+    eventually(lambda: polls(bench))
     _second, following = waiter(bench, background, within=0.1)
     assert following.result(SOON) is False
     bench.socket.arrived.append(reply_to(first))
@@ -169,7 +174,7 @@ def test_frame_that_finds_no_room_is_sent_when_there_is_some(bench: LinkBench, b
     bench.socket.room = 0
     call, frame = bench.begin()
     waiting = background(bench.link.exchange, call, frame, far())
-    eventually(bench.link._lead.locked)
+    eventually(lambda: polls(bench))
     assert call.sent is False
     bench.socket.room = 1
     eventually(lambda: bench.socket.sent == [frame], within=SOON)
@@ -242,7 +247,7 @@ def test_exception_while_leading_hands_the_lead_on(bench: LinkBench, background,
     followers = []
 
     def disturb() -> None:
-        eventually(bench.link._lead.locked)
+        eventually(lambda: polls(bench))
         second, following = waiter(bench, background)
         eventually(lambda: second.waiter is not None)
         followers.append((second, following))
@@ -283,7 +288,7 @@ def test_exception_in_the_lock_loses_no_reply_of_others(bench: LinkBench, backgr
         raise Interrupt
 
     first, leading = waiter(bench, background)
-    eventually(bench.link._lead.locked)
+    eventually(lambda: polls(bench))
     second, following = waiter(bench, background)
     eventually(lambda: second.waiter is not None)
     bench.socket.arrived.extend([reply_to(first), reply_to(second)])
@@ -322,7 +327,7 @@ def test_close_waits_for_the_leader_and_the_socket_is_not_used_after_it(
     bench: LinkBench, background, eventually
 ) -> None:
     _call, waiting = waiter(bench, background)
-    eventually(bench.link._lead.locked)
+    eventually(lambda: polls(bench))
     bench.link.end("the connection ended")
     bench.link.close(0.0)
     bench.link.close(0.0)
