@@ -94,8 +94,16 @@ class Method(NamedTuple):
             raise _bad_arguments(f"{name}: {error}") from error
 
 
+class Missing(NoSuchMethod):
+    """This service has no such method; not what a call made by its handler may have ended in."""
+
+
+class Misfit(BadArguments):
+    """The arguments do not fit this method; not what a call made by its handler may have ended in."""
+
+
 def _bad_arguments(text: str) -> BadArguments:
-    return BadArguments(text, type="TypeError", module="builtins", detail=text)
+    return Misfit(text, type="TypeError", module="builtins", detail=text)
 
 
 def methods_of(handler: Any) -> dict[str, Method]:
@@ -185,17 +193,17 @@ def failure(error: BaseException) -> bytes:
 
     Never fails: what of the arguments has no form is left out.
     """
-    kind = "error"
-    if isinstance(error, NoSuchMethod):
-        kind = "no such method"
-    elif isinstance(error, BadArguments):
-        kind = "bad arguments"
+    kind, cls = "error", type(error)
+    if isinstance(error, Missing):
+        kind, cls = "no such method", NoSuchMethod
+    elif isinstance(error, Misfit):
+        kind, cls = "bad arguments", BadArguments
     trace = "".join(traceback.format_exception(error))[-TRACE_LIMIT:] if kind == "error" else ""
     try:
         detail = str(error)
     except Exception as broken:
         detail = f"<its message cannot be made: {broken!r}>"
-    parts = [kind, type(error).__qualname__, type(error).__module__, _text(detail[:TEXT_LIMIT]), _text(trace)]
+    parts = [kind, cls.__qualname__, cls.__module__, _text(detail[:TEXT_LIMIT]), _text(trace)]
     try:
         body = payload.encode([*parts, list(error.args)])
     except EncodeError:

@@ -259,6 +259,11 @@ def goodbye(text: str = "", *, final: bool = False) -> bytes:
     return HEADER.pack(GOODBYE, FINAL if final else 0, 0, 0, 0) + text.encode("utf-8", "replace")[:1024]
 
 
+def is_final(frame: bytes) -> bool:
+    """Whether a frame is a final GOODBYE."""
+    return kind_of(frame) == GOODBYE and frame[1] & FINAL != 0
+
+
 def hello(content: Hello, *, is_answer: bool = False) -> bytes:
     """A HELLO (wire 3.1), or the answer to one.
 

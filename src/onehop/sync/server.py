@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from onehop import handlers, payload
-from onehop.errors import BadArguments, EncodeError, NoSuchMethod, SettingsError, TooLarge
+from onehop.errors import EncodeError, SettingsError, TooLarge
 from onehop.protocol import wire
 from onehop.protocol.inbox import Request
 from onehop.transport.engine import Engine, inherited
@@ -88,7 +88,7 @@ class Server:
         try:
             method = self._methods.get(request.method)
             if method is None:
-                raise NoSuchMethod(f"it has {', '.join(sorted(self._methods))}")
+                raise handlers.Missing(f"it has {', '.join(sorted(self._methods))}")
             arguments, keywords = _arguments(request.body)
             result = method.invoke(arguments, keywords)
             if request.flags & wire.STREAM:
@@ -169,7 +169,7 @@ def _arguments(body: bytes | memoryview) -> tuple[list[Any], dict[str, Any]]:
     value = payload.decode(body)
     if isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and isinstance(value[1], dict):
         return value[0], value[1]
-    raise BadArguments("the body is not a pair of arguments and keywords")
+    raise handlers.Misfit("the body is not a pair of arguments and keywords")
 
 
 def _fitting(engine: Engine, value: Any) -> bytes:

@@ -209,6 +209,8 @@ class Engine:
     def _control(self, peer: Peer, link: Link, frame: bytes) -> None:
         """A frame from ``peer`` that is for no call."""
         ended: list[Call] = []
+        if wire.is_final(frame):
+            link.ended = "it was drained"  # before the calls end: one that begins later sees it
         try:
             with self.changed:
                 ready = self.protocol.control(peer, frame, monotonic(), ended)
@@ -563,7 +565,7 @@ class Engine:
                 ended, self._ended_links = self._ended_links, []
             for link in ended:
                 link.close(0.0)
-            monitors = [link.socket.monitor_fd for _, link in links if link.ended is None]
+            monitors = [link.socket.monitor_fd for _, link in links if not link.over]
             alone = self.inbound is not None and not self.inbound.has_receiver
             due = self.protocol.inbox.timer()
             pause = min(TICK if alone else SLOW_TICK, FOREVER if due is None else due - monotonic())
@@ -578,7 +580,7 @@ class Engine:
 
     def _look(self, links: list[tuple[bytes, Link]], now: float) -> None:
         for id, link in links:
-            why = link.socket.ended() if link.ended is None else None
+            why = None if link.over else link.socket.ended()
             if why is not None:
                 peer = self.protocol.peers.peers.get(id)
                 if peer is not None:
@@ -591,7 +593,7 @@ class Engine:
         if now - self._looked >= SLOW_TICK:
             self._looked = now
             for id, link in links:
-                if link.ended is not None:
+                if link.over:
                     continue
                 link.look()
                 peer = self.protocol.peers.peers.get(id)

@@ -49,7 +49,8 @@ class Link:
 
     Attributes:
         hello: stands for the answer to our hello, with number 0: its outcome says whether the link is ready.
-        ended: why the link is over; None while it is not.
+        ended: why no request may be sent any more; None while one may.
+        over: whether the connection itself has ended.
         error: what the peer's hello was answered with, where the two cannot talk.
         began: when, on this process's monotonic clock.
         opening: held by the thread that waits for the hello.
@@ -60,6 +61,7 @@ class Link:
         self.calls = calls
         self.ready = False
         self.ended: str | None = None
+        self.over = False
         self.error: Exception | None = None
         self.bad_frames = 0
         self.began = monotonic()
@@ -153,11 +155,7 @@ class Link:
             self._lock.release()
             if moved:
                 self.tell(moved, me)
-            for frame in cold:
-                try:
-                    self._control(self, frame)
-                except WireError:
-                    self.bad_frames += 1
+            self._handle(cold)
         return sent, more
 
     def look(self) -> None:
@@ -248,6 +246,13 @@ class Link:
                 self.bad_frames += 1
         return True
 
+    def _handle(self, cold: list[bytes]) -> None:
+        for frame in cold:
+            try:
+                self._control(self, frame)
+            except WireError:
+                self.bad_frames += 1
+
     def tell(self, calls: list[Call], me: Call | None = None) -> None:
         """Wake whoever waits for ``calls``, which have news; not the thread that asks, which waits for ``me``."""
         for call in calls:
@@ -276,14 +281,16 @@ class Link:
         cold: list[bytes] = []
         self._lock.acquire()
         try:
-            if self.ended is not None:
+            if self.over:
                 return False
+            self.over = True
             while self._drain(moved, cold):
                 pass
-            self.ready = False
-            self.ended = why
         finally:
             self._lock.release()
+        self._handle(cold)  # a final goodbye may be among them, which says what did not run
+        self.ready = False
+        self.ended = self.ended or why
         self.tell([*moved, *self.calls.lose(why)])
         self._wake.set()
         return True
@@ -291,7 +298,7 @@ class Link:
     def forget(self) -> None:
         """In a forked child: the socket is the parent's. libzmq would let nobody out who touched it here."""
         self.ready = False
-        self.ended = "it belongs to the parent of this forked process"
+        self.over, self.ended = True, "it belongs to the parent of this forked process"
         self._lock, self._lead, self.opening = new_lock(), new_lock(), new_lock()
         self.calls.lose(self.ended)
 
