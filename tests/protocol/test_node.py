@@ -201,6 +201,13 @@ def test_record_that_stands_twice_in_a_view_counts_once(strangers: Any) -> None:
     assert len(strangers.caller.routes.of("clock")) == 1
 
 
+def test_resting_peers_are_tried_when_everybody_is_to_be_reached(talk: Any) -> None:
+    talk.caller.lost(talk.peer, "the connection ended", 0.0)
+    assert talk.caller.routes.of("clock") == ()
+    talk.caller.rouse()
+    assert [route.peer for route in talk.caller.routes.of("clock")] == [talk.peer]
+
+
 def record(number: int, services: tuple[str, ...]) -> Record:
     return Record(node=f"{number:032x}", host="h", endpoints=("ipc:///s",), services=dict.fromkeys(services, ("a",)))
 

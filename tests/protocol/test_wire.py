@@ -245,3 +245,10 @@ def test_field_of_a_hello_has_65535_bytes_at_most() -> None:
 def test_text_of_a_hello_that_is_no_utf8_is_read_with_replacements() -> None:
     frame = wire.hello(wire.Hello(b"n" * 16, b"e" * 16, host="ab"))
     assert wire.parse_hello(frame.replace(b"ab", b"\xff\xfe")).host == "\N{REPLACEMENT CHARACTER}" * 2
+
+
+def test_final_goodbye_is_told_from_every_other_frame() -> None:
+    assert wire.is_final(wire.goodbye(final=True))
+    assert not wire.is_final(wire.goodbye("draining"))
+    assert not wire.is_final(wire.pack(wire.PING))
+    assert not wire.is_final(b"\x06")
