@@ -404,7 +404,7 @@ def test_a_batch_is_full_or_its_time_since_the_first_message_is_over(bus: Any, e
         notifier.info({}, "event", number)
     began = time.monotonic()
     eventually(lambda: sum(batches.sizes) == 205)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10  # and not for ever; a second, where the machine has time for it
     assert batches.sizes == [100, 100, 5]
 
 
