@@ -17,8 +17,8 @@ import pytest
 import onehop
 from onehop import Network
 
-CALLER = (44, 54)
-SERVER = (48, 64)
+CALLER = (48, 60)
+SERVER = (50, 68)
 """Python functions and built-in ones."""
 ROUNDS = 100
 BATCHES = 5

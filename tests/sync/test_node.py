@@ -198,7 +198,7 @@ def test_close_ends_the_calls_of_other_threads_at_once(node, gate, background) -
     calling = node()
     calls = [background(calling.client("clock").call, "hold") for _ in range(6)]
     streams = [background(next, calling.stream("clock", "hold"))]
-    gate.wait_entered(6)
+    gate.wait_entered(7)
     began = time.monotonic()
     calling.close()
     for each in (*calls, *streams):

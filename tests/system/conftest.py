@@ -100,18 +100,10 @@ class Clock:
     def hang(self):
         threading.Event().wait()
 
-def drain(*_):
-    stop.set()
-
-stop = threading.Event()
-signal.signal(signal.SIGTERM, drain)
-node = onehop.Node(inbox_messages=5000)
+node = onehop.Node(inbox_messages=5000, drain_timeout=20.0)
 node.serve("clock", Clock(), server=name, workers=int(sys.argv[3]))
 print("serving", flush=True)
-stop.wait()
-drained = node.drain(20.0)
-node.close()
-print("drained", drained, flush=True)
+print("drained", node.run(), flush=True)
 """
 
 

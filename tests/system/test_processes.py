@@ -110,14 +110,15 @@ def test_sigterm_leaves_no_accepted_call_without_an_answer(serve, make_node, bac
     calls = [client.start("note", number, 0.02) for number in range(100)]
     eventually(lambda: len(ledger.lines()) >= 4)
     server.signal(signal.SIGTERM)
-    answered = []
+    answered, refused = [], set()
     for number, call in enumerate(calls):
         try:
             assert call.result() == number
             answered.append(number)
         except Rejected as error:  # it came too late to be accepted
-            assert (error.reason, error.executed) == ("draining", "no")
+            refused.add((error.reason, error.executed))
     assert len(answered) >= 4
+    assert refused <= {("draining", "no")}
     assert server.line() == "drained True"
     assert server.wait() == 0
     assert sorted(map(int, ledger.lines())) == answered
