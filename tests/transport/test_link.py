@@ -13,8 +13,8 @@ import pytest
 from tests.transport.conftest import LinkBench, reply_to
 
 from onehop.protocol import wire
-from onehop.protocol.calls import LOST, REPLIED
-from onehop.transport.link import BATCH
+from onehop.protocol.calls import LOST, REJECTED, REPLIED
+from onehop.transport.link import BATCH, Link
 
 SOON = 2.0  # seconds: far below the deadlines here, far above what a busy machine needs
 FAR = 30.0
@@ -313,6 +313,29 @@ def test_end_reads_what_still_came_and_loses_the_rest(bench: LinkBench, backgrou
     assert (answered.outcome, lost.outcome, lost.body) == (REPLIED, LOST, "the connection ended")
     assert bench.link.end("again") is False
     assert (bench.link.ready, bench.link.ended) == (False, "the connection ended")
+
+
+def test_final_goodbye_that_was_read_counts_though_the_end_comes_before_it_is_handled(
+    bench: LinkBench, background, eventually
+) -> None:
+    ending = []
+
+    def control(link: Link, frame: bytes) -> None:
+        assert wire.is_final(frame)
+        started = threading.Event()
+        ending.append(background(lambda: (started.set(), link.end("the connection ended"))))
+        started.wait()
+        threading.Event().wait(0.2)  # time for the other to get as far as it may
+        link.tell(bench.calls.refuse("draining"))
+
+    bench.link._control = control  # type: ignore[assignment]
+    call, waiting = waiter(bench, background)
+    eventually(lambda: polls(bench))
+    bench.socket.arrived.append(wire.goodbye("drained", final=True))
+    bench.socket.signal()
+    assert waiting.result(SOON) is True
+    ending[0].result(SOON)
+    assert call.outcome == REJECTED  # so it certainly did not run
 
 
 def test_nothing_is_sent_after_the_end(bench: LinkBench) -> None:
