@@ -209,8 +209,6 @@ class Engine:
     def _control(self, peer: Peer, link: Link, frame: bytes) -> None:
         """A frame from ``peer`` that is for no call."""
         ended: list[Call] = []
-        if wire.is_final(frame):
-            link.ended = "it was drained"  # before the calls end: one that begins later sees it
         try:
             with self.changed:
                 ready = self.protocol.control(peer, frame, monotonic(), ended)

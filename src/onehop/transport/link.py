@@ -51,6 +51,7 @@ class Link:
         hello: stands for the answer to our hello, with number 0: its outcome says whether the link is ready.
         ended: why no request may be sent any more; None while one may.
         over: whether the connection itself has ended.
+        drained: whether the peer said that it runs nothing more of what it was sent.
         error: what the peer's hello was answered with, where the two cannot talk.
         began: when, on this process's monotonic clock.
         opening: held by the thread that waits for the hello.
@@ -62,6 +63,7 @@ class Link:
         self.ready = False
         self.ended: str | None = None
         self.over = False
+        self.drained = False
         self.error: Exception | None = None
         self.bad_frames = 0
         self.began = monotonic()
@@ -242,6 +244,10 @@ class Link:
                     receive_call(frame, body, moved)
                 else:
                     cold.append(frame)
+                    if wire.is_final(frame):
+                        # Noted at once: the connection's end may overtake whoever handles it. Nothing comes behind it.
+                        self.drained, self.ended = True, "it was drained"
+                        return False
             except WireError:
                 self.bad_frames += 1
         return True
@@ -291,7 +297,8 @@ class Link:
         self._handle(cold)  # a final goodbye may be among them, which says what did not run
         self.ready = False
         self.ended = self.ended or why
-        self.tell([*moved, *self.calls.lose(why)])
+        left = self.calls.refuse("draining") if self.drained else self.calls.lose(why)
+        self.tell([*moved, *left])
         self._wake.set()
         return True
 
