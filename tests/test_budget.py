@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import onehop
-from onehop import Network
+from onehop.testing.memory import Network
 
 CALLER = (48, 60)
 SERVER = (50, 68)

@@ -64,7 +64,6 @@ _LAZY = {
     "Record": "onehop.interfaces",
     "Settings": "onehop.settings",
     "method": "onehop.handlers",
-    "Network": "onehop.testing.memory",
     **dict.fromkeys(
         (
             "Call",
@@ -96,7 +95,6 @@ __all__ = [
     "Gathered",
     "Incoming",
     "Listener",
-    "Network",
     "NoRoute",
     "NoSuchMethod",
     "Node",

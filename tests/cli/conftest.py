@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,31 +41,6 @@ class Ended(NamedTuple):
         assert len(lines) == 1, self.err
         assert lines[0].startswith("onehop: "), self.err
         return lines[0].removeprefix("onehop: ")
-
-
-@pytest.fixture(autouse=True)
-def run_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A run directory that only this test and its processes use; short, since sockets need short paths."""
-    for name in [name for name in os.environ if name.startswith("ONEHOP_")]:
-        monkeypatch.delenv(name)
-    path = tempfile.mkdtemp(prefix="oh-", dir="/tmp")
-    monkeypatch.setenv("ONEHOP_RUN_DIRECTORY", path)
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
-
-
-@pytest.fixture
-def make_node() -> Iterator[Callable[..., Node]]:
-    """Makes nodes, and closes them when the test is over."""
-    nodes: list[Node] = []
-
-    def make(**settings: Any) -> Node:
-        nodes.append(Node(**settings))
-        return nodes[-1]
-
-    yield make
-    for node in reversed(nodes):
-        node.close()
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from onehop import CallError, Client, Network, Node, payload
+from onehop import CallError, Client, Node, payload
 from onehop.interfaces import Record
 from onehop.protocol import wire
 from onehop.testing.clock import Clock
 from onehop.testing.engine import VirtualEngine
 from onehop.testing.invariants import ENTRY_NUMBER, Entry
+from onehop.testing.memory import Network
 from onehop.testing.network import Network as VirtualNetwork
 from onehop.testing.simulation import VirtualNode, World
 from onehop.transport.sockets import ZmqCarrier

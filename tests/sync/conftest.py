@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from onehop import Network, Node
+from onehop import Node
+from onehop.testing.memory import Network
 
 
 @pytest.fixture(params=["zmq", "memory"])

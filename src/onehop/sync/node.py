@@ -47,7 +47,7 @@ class ServerView(NamedTuple):
 
 
 class Network(Protocol):
-    """What carries messages in the place of ZeroMQ, with a registry of its own: ``onehop.testing.Network``."""
+    """What carries messages in the place of ZeroMQ, with a registry of its own: ``onehop.testing.memory.Network``."""
 
     @property
     def carrier(self) -> Carrier: ...
@@ -60,7 +60,8 @@ class Node:
 
     Args:
         settings: all of them; by default those of the environment (``ONEHOP_*``).
-        network: carries messages instead of ZeroMQ, with a registry of its own; ``onehop.testing.Network()`` for tests.
+        network: carries messages in the place of ZeroMQ, with a registry of its own; for tests, see
+            :class:`onehop.testing.memory.Network`.
         overrides: single settings by name, such as ``timeout=5.0``.
 
     Raises:
