@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from onehop import payload
-from onehop.errors import BadArguments, DecodeError, EncodeError, NoSuchMethod, RemoteError, SettingsError
+from onehop.errors import BadArguments, DecodeError, NoSuchMethod, RemoteError, SettingsError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -206,7 +206,7 @@ def failure(error: BaseException) -> bytes:
     parts = [kind, cls.__qualname__, cls.__module__, _text(detail[:TEXT_LIMIT]), _text(trace)]
     try:
         body = payload.encode([*parts, list(error.args)])
-    except EncodeError:
+    except Exception:  # no form on the wire, or a class that makes something else of its args
         body = b""
     return body if 0 < len(body) <= ERROR_LIMIT else payload.encode([*parts, None])
 

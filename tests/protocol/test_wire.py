@@ -252,3 +252,13 @@ def test_final_goodbye_is_told_from_every_other_frame() -> None:
     assert not wire.is_final(wire.goodbye("draining"))
     assert not wire.is_final(wire.pack(wire.PING))
     assert not wire.is_final(b"\x06")
+
+
+def test_monitored_request_whose_interval_is_0_is_refused() -> None:
+    section = wire.names("clock", "", "read")
+    frame = wire.request(wire.REQUEST, 0, 1, 1.0, 0.5, section, b"")
+    assert isinstance(frame, bytes)
+    without = frame[: wire.HEADER_SIZE] + b"\0\0\0\0" + frame[wire.HEADER_SIZE + 4 :]
+    assert wire.address(frame, wire.header(frame))[0] == 0.5
+    with pytest.raises(WireError, match="interval is 0"):
+        wire.address(without, wire.header(without))

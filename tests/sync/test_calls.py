@@ -573,3 +573,42 @@ def test_threads_on_one_client_get_each_its_own_reply(node, background) -> None:
         return sum(client.call("echo", thread, number) == [thread, number] for number in range(200))
 
     assert [each.result(within=60) for each in [background(work, thread) for thread in range(16)]] == [200] * 16
+
+
+def test_result_asked_for_again_after_a_timeout_ends_at_once(node, gate) -> None:
+    node().serve("slow", gate)
+    call = node().client("slow", timeout=0.1).start("hold")
+    with pytest.raises(CallTimeout):
+        call.result()
+    with pytest.raises(onehop.CallError):
+        call.result()
+    gate.open.set()
+
+
+def test_calls_that_nobody_asks_the_result_of_leave_the_table_after_their_deadline(node, gate, eventually) -> None:
+    node().serve("slow", gate)
+    calling = node()
+    for _ in range(5):
+        calling.client("slow", timeout=0.1).start("hold")
+    eventually(lambda: [each.in_flight for each in calling.statistics().peers] == [0], 10.0)
+    gate.open.set()
+
+
+def test_registry_that_fails_keeps_no_service_half_withdrawn(node) -> None:
+    serving = node()
+    server = serving.serve("clock", {"read": lambda: 1})
+    client = node().client("clock", timeout=2.0, ready_timeout=0.0)
+    assert client.call("read") == 1
+    registry = serving._engine.registry
+    withdraw = registry.withdraw
+
+    def fail() -> None:
+        raise onehop.RegistryError("it is away")
+
+    registry.withdraw = fail  # the interface allows it to fail so
+    with pytest.raises(onehop.RegistryError):
+        server.close()
+    with pytest.raises(onehop.CallError) as caught:
+        client.call("read")
+    assert caught.value.executed == "no"
+    registry.withdraw = withdraw

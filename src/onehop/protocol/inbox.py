@@ -20,6 +20,8 @@ Key = TypeVar("Key")
 
 SILENT_AFTER = 60.0
 """Seconds without a frame after which a connection is probed: is it still there?"""
+SHORTEST_BEAT = 0.05
+"""Seconds between two heartbeats of a request, at least: a caller must not keep the server busy with them."""
 WINDOW_KEPT = 600.0
 """Seconds for which a window outlives the last connection of its sender."""
 ADDRESSES_KEPT = 4096
@@ -281,7 +283,7 @@ class Inbox:
             else:
                 self._calls[identity, head.id] = request
                 if monitor is not None:
-                    self._beats[request] = now + monitor / 2
+                    self._beats[request] = now + max(monitor / 2, SHORTEST_BEAT)
 
     def _duplicate(self, identity: bytes, head: wire.Header, news: str) -> None:
         self.counts["duplicates"] += 1
@@ -350,7 +352,7 @@ class Inbox:
         for request, due in list(self._beats.items()):
             if due <= now and request.monitor is not None:
                 self.outgoing.append((request.identity, wire.pack(wire.PROGRESS, id=request.id)))
-                self._beats[request] = now + request.monitor / 2
+                self._beats[request] = now + max(request.monitor / 2, SHORTEST_BEAT)
         for identity, sender in self.senders.items():
             if now - sender.heard >= SILENT_AFTER:
                 sender.heard = now

@@ -211,6 +211,8 @@ def address(frame: bytes, head: Header) -> tuple[float | None, bytes, int]:
         if len(frame) < at + 4:
             raise WireError("a monitored request without its interval")
         monitor = _MONITOR.unpack_from(frame, at)[0] / 1000
+        if not monitor:
+            raise WireError("a monitored request whose interval is 0")
         at += 4
     end = at + head.extent
     if len(frame) < end:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from onehop import handlers, payload
 from onehop.errors import CallCancelled, CallError, Rejected, SettingsError
 from onehop.protocol import wire
-from onehop.protocol.calls import FAILED, LOST
+from onehop.protocol.calls import FAILED
 from onehop.transport.engine import Engine
 from onehop.transport.requests import Attempt, Terms
 
@@ -245,8 +245,6 @@ class Call:
 
     def result(self) -> Any:
         """Wait for the reply and return it; raises as :meth:`Client.call`, and CallCancelled after :meth:`cancel`."""
-        if self._cancelled:
-            raise CallCancelled(f"{self._attempt} was cancelled here")
         try:
             self._engine.outcome(self._attempt)
         except CallError as error:
@@ -260,13 +258,10 @@ class Call:
 
         A thread that waits in :meth:`result` ends with CallCancelled.
         """
-        call = self._attempt.call
-        if not self._engine.cancel(self._attempt.link, call):
+        self._cancelled = True  # first: who waits in result() is woken by what follows
+        if not self._engine.cancel(self._attempt.link, self._attempt.call):
+            self._cancelled = False
             return False
-        self._cancelled = True
-        call.body = "cancelled here"
-        call.outcome = LOST
-        self._attempt.link.tell([call])
         return True
 
 

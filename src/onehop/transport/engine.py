@@ -44,6 +44,8 @@ HANDSHAKE = 5.0
 """Seconds a peer has to answer a hello."""
 GOODBYE_LINGER = 0.1
 """Seconds that a goodbye may take to leave when the node is closed."""
+GRACE = 1.0
+"""Seconds after its deadline for which a call is its owner's to end."""
 BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
 TICK = 0.1
@@ -169,9 +171,11 @@ class Engine:
                 raise errors.PeerLost(f"node {peer.id.hex()} is {peer.state}: not connected to", executed="no")
             try:
                 socket = self.carrier.connect(record.endpoints[0])
-            except errors.ResourceLimit:
-                self.protocol.lost(peer, "no room for a connection", monotonic())
-                raise
+            except errors.OnehopError as error:
+                self.protocol.lost(peer, "no connection could be begun", monotonic())
+                if isinstance(error, errors.ResourceLimit):
+                    raise
+                raise errors.PeerLost(f"{name_of(peer)}: {error}", executed="no") from error
             link = peer.link = Link(socket, peer.calls, lambda link, frame: self._control(peer, link, frame))
             self._links[peer.id] = link
         link.post(link.hello, hello)
@@ -394,7 +398,14 @@ class Engine:
             return False
         if call.sent:
             link.post(None, wire.pack(wire.CANCEL, id=call.id))
+        self._give_up(link, call)
         return True
+
+    def _give_up(self, link: Link, call: Call) -> None:
+        """An outcome for a call that was taken out of its table: whoever else waits for it must not wait for ever."""
+        call.body = "it was given up here"
+        call.outcome = LOST
+        link.tell([call])
 
     def scatter(self, terms: Terms, kind: int, flags: int, method: str, body: Body) -> list[Attempt]:
         """Send a request to every server known now, and wait for each one's outcome.
@@ -489,14 +500,16 @@ class Engine:
         with self._announcing:
             mine = [offer for offer in self._offers if offer.queue is queue]
             self._offers = [offer for offer in self._offers if offer.queue is not queue]
-            if mine and not self.closed:
-                self._announce()  # first, so that fewer ask in vain
-            for offer in mine:
+            try:
+                if mine and not self.closed:
+                    self._announce()  # first, so that fewer ask in vain
+            finally:  # whatever the registry says, nothing more is taken
+                for offer in mine:
+                    if self.inbound is not None:
+                        self.inbound.change(Inbox.withdraw, offer.service, offer.server, queue)
+                queue.stop()
                 if self.inbound is not None:
-                    self.inbound.change(Inbox.withdraw, offer.service, offer.server, queue)
-        queue.stop()
-        if self.inbound is not None:
-            self.inbound.interrupt()
+                    self.inbound.interrupt()
 
     def _announce(self) -> None:
         if not self._offers or self.inbound is None:
@@ -533,8 +546,8 @@ class Engine:
         elif self.inbound is not None:
             with self._announcing:
                 self._draining = True
-                self.registry.withdraw()
                 self.inbound.change(Inbox.drain, "draining")
+                self.registry.withdraw()
         inbox = self.protocol.inbox
         pause = threading.Event()
         while any(queue is None or request.target is queue for request in list(inbox.taken)):
@@ -561,8 +574,10 @@ class Engine:
             with self.lock:
                 links = list(self._links.items())
                 ended, self._ended_links = self._ended_links, []
-            for link in ended:
-                link.close(0.0)
+            stuck = [link for link in ended if not link.close(0.0)]
+            if stuck:
+                with self.lock:
+                    self._ended_links += stuck
             monitors = [link.socket.monitor_fd for _, link in links if not link.over]
             alone = self.inbound is not None and not self.inbound.has_receiver
             due = self.protocol.inbox.timer()
@@ -594,6 +609,8 @@ class Engine:
                 if link.over:
                     continue
                 link.look()
+                for call in link.calls.expire(now - GRACE):  # begun, and its owner never came back for it
+                    self._give_up(link, call)
                 peer = self.protocol.peers.peers.get(id)
                 if peer is not None and peer.record is None and not link.calls.pending:
                     self._lost(peer, link, "its record was withdrawn")
@@ -633,7 +650,10 @@ class Engine:
             self.changed.notify_all()
             links = list(self._links.items())
             self._links.clear()
-        self.registry.close()
+        try:
+            self.registry.close()
+        except errors.RegistryError as error:
+            log.warning("the registry did not let go of node %s: %s", self.protocol.id.hex(), error)
         self._wake.set()
         for offer in self._offers:
             offer.queue.stop()
@@ -642,10 +662,9 @@ class Engine:
         for _id, link in links:
             link.post(None, wire.goodbye())
             link.end("this node was closed")
-        for link in [*(link for _id, link in links), *self._ended_links]:
-            link.close(GOODBYE_LINGER)
-        if self.inbound is None or self.inbound.close(linger):
-            self.carrier.close()
+        closed = [link.close(GOODBYE_LINGER) for link in [*(link for _id, link in links), *self._ended_links]]
+        if (self.inbound is None or self.inbound.close(linger)) and all(closed):
+            self.carrier.close()  # else a thread is still in a socket, which only the end of the process may take away
 
     def forget(self) -> None:
         """In a forked child: nothing of the parent's is touched any more, by whoever still holds a part of this."""

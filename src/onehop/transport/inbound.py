@@ -18,12 +18,10 @@ from onehop.protocol.inbox import Inbox, Request
 from onehop.protocol.turns import successor
 from onehop.protocol.wire import Frame
 from onehop.transport.carrier import InboundSocket, Unreachable
-from onehop.transport.waiting import Wake, acquire, new_lock, release, start_thread
+from onehop.transport.waiting import PATIENCE, Wake, acquire, new_lock, release, start_thread
 
 BATCH = 64
 FOREVER = float("inf")
-PATIENCE = 2.0
-"""Seconds that closing waits for the thread that receives."""
 
 
 class Queue:
@@ -59,8 +57,13 @@ class Queue:
         if self._started < self._workers:
             with self._starting:
                 if self._started < self._workers:
-                    self._started += 1
-                    start_thread("onehop-worker", self._work)
+                    try:
+                        start_thread("onehop-worker", self._work)
+                        self._started += 1
+                    except RuntimeError:  # the machine gives no more threads: those there are will do it
+                        if self._started == 0:
+                            self.tasks.remove(request)
+                            raise
         return False
 
     def stop(self) -> None:
@@ -240,8 +243,14 @@ class Inbound:
                 self._monitored()
             if request.method in request.target.inline:
                 self._inline.append(request)
-            elif not request.target.put(request) and not leading and request.target is self._leading_for:
-                self._wake.set()
+            else:
+                try:
+                    taken = request.target.put(request)
+                except RuntimeError:
+                    self.refuse(request, "full")
+                    continue
+                if not taken and not leading and request.target is self._leading_for:
+                    self._wake.set()
         # Not at once: the answer's own turn may bring in the next request, and so on without an end to the depth.
         while self._inline and self._running.acquire(False):
             try:

@@ -29,7 +29,7 @@ from onehop.protocol.calls import REPLIED, Call, CallTable
 from onehop.protocol.turns import successor
 from onehop.protocol.wire import Frame
 from onehop.transport.carrier import LinkSocket
-from onehop.transport.waiting import Wake, acquire, new_lock, release
+from onehop.transport.waiting import PATIENCE, Wake, acquire, new_lock, release
 
 BATCH = 64
 """Messages read in one hold of the lock, so that senders are not kept out."""
@@ -285,18 +285,20 @@ class Link:
         """
         moved: list[Call] = []
         cold: list[bytes] = []
-        self._lock.acquire()
+        # Not without an end: a signal handler may be here in the thread whose frame below holds the lock.
+        held = acquire(self._lock, PATIENCE)
         try:
             if self.over:
                 return False
             self.over = True
-            while self._drain(moved, cold):
+            while held and self._drain(moved, cold):
                 pass
+            self.ready = False
+            self.ended = self.ended or why
         finally:
-            self._lock.release()
+            if held:
+                self._lock.release()
         self._handle(cold)  # a final goodbye may be among them, which says what did not run
-        self.ready = False
-        self.ended = self.ended or why
         left = self.calls.refuse("draining") if self.drained else self.calls.lose(why)
         self.tell([*moved, *left])
         self._wake.set()
@@ -309,12 +311,17 @@ class Link:
         self._lock, self._lead, self.opening = new_lock(), new_lock(), new_lock()
         self.calls.lose(self.ended)
 
-    def close(self, linger: float) -> None:
+    def close(self, linger: float) -> bool:
         """Give the socket back, letting what was sent leave for ``linger`` seconds; after :meth:`end`.
 
         Waits for the leader to leave, which it does at once. May be called twice.
+
+        Returns:
+            Whether it could be given back. Not where the leader is a frame that a signal handler interrupted to get
+            here: it cannot leave before the handler returns.
         """
-        self._lead.acquire()
+        if not acquire(self._lead, PATIENCE):
+            return False
         self._lock.acquire()
         try:
             if not self._closed:
@@ -323,3 +330,4 @@ class Link:
         finally:
             self._lock.release()
             self._lead.release()
+        return True

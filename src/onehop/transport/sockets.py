@@ -113,7 +113,11 @@ class _Link(_Socket):
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _HANDSHAKE_FAILURES)
         self.monitor_fd = int(self._monitor.get(zmq.FD))
         self._ended: str | None = None
-        self._socket.connect(endpoint)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close(0.0)
+            raise SettingsError(f"cannot connect to {endpoint}: {error}") from None
 
     def send(self, frame: Frame) -> bool:
         try:

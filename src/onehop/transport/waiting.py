@@ -13,6 +13,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+PATIENCE = 2.0
+"""Seconds that closing waits for the thread that has a socket."""
 LONGEST_WAIT = 3600.0
 """Seconds; a wait that has no end is cut into these."""
 
