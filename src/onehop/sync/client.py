@@ -258,9 +258,9 @@ class Call:
 
         A thread that waits in :meth:`result` ends with CallCancelled.
         """
-        self._cancelled = True  # first: who waits in result() is woken by what follows
+        before, self._cancelled = self._cancelled, True  # first: who waits in result() is woken by what follows
         if not self._engine.cancel(self._attempt.link, self._attempt.call):
-            self._cancelled = False
+            self._cancelled = before
             return False
         return True
 
