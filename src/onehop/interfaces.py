@@ -1,9 +1,9 @@
-"""The contracts that others may implement: a registry, a codec."""
+"""The contract that others may implement: a registry, and the record it keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -85,21 +85,3 @@ class Registry(Protocol):
 
     def forget(self) -> None:
         """Release what a fork inherited without disturbing the parent: no withdrawal, no unlocking, no message."""
-
-
-class Codec(Protocol):
-    """Values to bytes and back."""
-
-    def encode(self, value: Any) -> bytes:
-        """The bytes of ``value``.
-
-        Raises:
-            EncodeError: the value has no form; names the type.
-        """
-
-    def decode(self, body: bytes | memoryview) -> Any:
-        """The value of ``body``.
-
-        Raises:
-            DecodeError: the bytes are not a value.
-        """

@@ -351,3 +351,25 @@ def test_deadline_below_a_millisecond_is_kept(node, gate) -> None:
             client.options(timeout=0.0005).call("hold")
     gate.open.set()
     assert client.call("read") <= 20
+
+
+def test_close_inside_a_signal_handler_ends_the_call_that_it_interrupted(run_directory: str) -> None:
+    program = """
+import signal, threading, time
+import onehop
+
+entered = threading.Event()
+serving, calling = onehop.Node(), onehop.Node()
+serving.serve("slow", {"hold": lambda: entered.wait(30)})
+signal.signal(signal.SIGALRM, lambda *_: calling.close())
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+began = time.monotonic()
+try:
+    calling.call("slow", "hold")
+except onehop.PeerLost as error:
+    print(error.executed, time.monotonic() - began < 15)
+entered.set()
+serving.close()
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (told.returncode, told.stdout) == (0, "unknown True\n"), told.stdout + told.stderr
