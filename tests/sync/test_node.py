@@ -373,3 +373,12 @@ serving.close()
 """
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (told.returncode, told.stdout) == (0, "unknown True\n"), told.stdout + told.stderr
+
+
+def test_closed_servers_and_listeners_are_not_kept(run_directory: str) -> None:
+    with Node() as node:
+        for number in range(20):
+            node.serve(f"clock-{number}", {"read": lambda: 1}).close()
+            node.listen(f"polled-{number}").close()
+        gc.collect()
+        assert len(node._servers) < 5

@@ -73,7 +73,7 @@ class Node:
         self._network = network
         self._engine: Engine | None = None
         self._closed = False
-        self._servers: list[Server | Listener] = []
+        self._servers: weakref.WeakSet[Server | Listener] = weakref.WeakSet()
         self._clients: dict[str, Client] = {}
         self._callbacks: list[Callable[[], None]] = []
         self._starting = threading.Lock()
@@ -297,7 +297,7 @@ class Node:
         engine, self._engine = self._engine, None
         self._starting = threading.Lock()
         self._callbacks.clear()
-        for each in self._servers:
+        for each in list(self._servers):
             each._after_fork()
         self._servers.clear()
         if engine is not None:

@@ -71,7 +71,7 @@ class Server:
         idempotent = tuple(name for name, method in self._methods.items() if method.idempotent)
         self._queue = Queue(self._run, workers or node.settings.workers, inline)
         self._engine.offer(service, name, self._queue, idempotent, receiver=True)
-        node._servers.append(self)
+        node._servers.add(self)
 
     def _run(self, request: Request) -> None:
         """Run one request, in a worker (or inline)."""
@@ -277,7 +277,7 @@ class Listener:
         self._queue = Queue()
         for service in services:
             self._engine.offer(service, name, self._queue, (), receiver=False)
-        node._servers.append(self)
+        node._servers.add(self)
 
     def poll(self, limit: int = 1, timeout: float | None = None) -> list[Incoming]:
         """Wait for a request and return it with others that are there, up to ``limit``.
