@@ -1,0 +1,1 @@
+"""onehop beside its peers and its limits, measured: ``python -m benchmarks --help``."""

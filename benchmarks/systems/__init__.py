@@ -1,0 +1,41 @@
+"""The systems under measurement: one line each. Their modules are imported in their own processes only."""
+
+from __future__ import annotations
+
+from benchmarks.system import System
+
+SEQUENTIAL = ("one-caller", "one-caller-free")
+LARGE = "large"
+LIMIT = (*SEQUENTIAL, "asyncio-32", "threads-32", "quad", "pairs", LARGE)
+PEER = (*SEQUENTIAL, "threads-32", "quad", "pairs", LARGE, "memory")
+AIO_PEER = (*SEQUENTIAL, "asyncio-32", "quad", "pairs", "memory")
+NATS = (*PEER, "asyncio-32", "cast", "fanout-50")
+OSLO = "oslo"
+
+PURE = {"ONEHOP_PURE": "1"}
+"""Without the compiled helper."""
+TCP, IPC = {"transport": "tcp"}, {"transport": "ipc"}
+
+_TABLE = (
+    # --- limits: what remains when nothing is promised
+    System("sockets tcp", "limit", "limits:SocketServer", "limits:SocketClient", SEQUENTIAL, TCP),
+    System("sockets ipc", "limit", "limits:SocketServer", "limits:SocketClient", SEQUENTIAL, IPC),
+    System("dealer/router bytes tcp", "limit", "limits:Router", "limits:Dealer", LIMIT, TCP | {"codec": False}),
+    System("dealer/router bytes ipc", "limit", "limits:Router", "limits:Dealer", LIMIT, IPC | {"codec": False}),
+    System("dealer/router tcp", "limit", "limits:Router", "limits:Dealer", LIMIT, TCP),
+    System("dealer/router ipc", "limit", "limits:Router", "limits:Dealer", (*LIMIT, OSLO), IPC),
+    System("multipart tcp", "limit", "limits:MultipartRouter", "limits:MultipartDealer", LIMIT, TCP),
+    System("multipart ipc", "limit", "limits:MultipartRouter", "limits:MultipartDealer", LIMIT, IPC),
+    System("push/pull tcp", "limit", "limits:Pull", "limits:Push", ("cast",), TCP),
+    System("push/pull ipc", "limit", "limits:Pull", "limits:Push", ("cast",), IPC),
+    # --- peers
+    System("rpyc", "peer", "rpyc_:Server", "rpyc_:Client", PEER, needs="rpyc"),
+    System("nng", "peer", "nng:Server", "nng:Client", PEER, needs="pynng"),
+    System("zenoh", "peer", "zenoh_:Server", "zenoh_:Client", (*PEER, "cast"), needs="eclipse-zenoh"),
+    System("grpc", "peer", "grpc_:Server", "grpc_:Client", PEER, needs="grpcio"),
+    System("grpc.aio", "peer", "grpc_:AioServer", "grpc_:AioClient", AIO_PEER, needs="grpcio"),
+    System("nats", "peer", "nats:Server", "nats:Client", NATS, broker="nats", needs="nats-py"),
+    System("zerorpc", "peer", "zerorpc_:Server", "zerorpc_:Client", (*PEER, "cast"), needs="zerorpc"),
+)
+
+SYSTEMS = {each.name: each for each in _TABLE}
