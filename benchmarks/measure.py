@@ -11,15 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
 import msgspec
 
-from benchmarks.rabbitmq import RabbitMQ, free_ports
+from benchmarks.nats_server import NatsServer
+from benchmarks.rabbitmq import RabbitMQ
 from benchmarks.system import Sample, Setup, System
 
 ROOT = Path(__file__).parent.parent
@@ -176,50 +177,15 @@ class Worker:
 
 
 class Broker(Protocol):
-    """A server in the middle."""
+    """A server in the middle. Entering it starts it, or raises RuntimeError that says what is missing."""
 
     url: str
     pid: int
 
-    def start(self) -> Self: ...
-    def stop(self) -> None: ...
-
-
-class NatsServer:
-    """A nats-server of our own on a free port of 127.0.0.1."""
-
-    def __init__(self) -> None:
-        self.url = ""
-        self.pid = 0
-
-    def start(self) -> Self:
-        """Start it, and return when it takes connections.
-
-        Raises:
-            Failed: it is not installed, or did not come up.
-        """
-        path = shutil.which("nats-server", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-        if path is None:
-            raise Failed("nats-server is not installed; on Debian: apt-get install nats-server")
-        (port,) = free_ports(1)
-        self._process = subprocess.Popen(
-            [path, "-a", "127.0.0.1", "-p", str(port)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self.url, self.pid = f"nats://127.0.0.1:{port}", self._process.pid
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            if b"Server is ready" in line:
-                return self
-        raise Failed(f"nats-server did not come up at port {port}")
-
-    def stop(self) -> None:
-        """End it."""
-        self._process.terminate()
-        self._process.wait()
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 BROKERS: dict[str, Callable[[], Broker]] = {"nats": NatsServer, "rabbit": RabbitMQ}
@@ -347,55 +313,59 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 # --- rounds ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def brokers(wanted: set[str]) -> Iterator[dict[str, Broker]]:
-    """The brokers of these names, running."""
-    with ExitStack() as stack:
-        started = {}
-        for name in sorted(wanted):
-            started[name] = BROKERS[name]().start()
-            stack.callback(started[name].stop)
-        yield started
+class Contender:
+    """One system in one table. Once it has failed it is passed over, and the others go on."""
+
+    def __init__(self, system: System, say: Say) -> None:
+        self.system = system
+        self.running: Running | None = None
+        self.rounds: list[Figures] = []
+        self.memory: Figures = {}
+        self.error = ""
+        self._say = say
+
+    def attempt(self, action: Callable[[Contender], None]) -> None:
+        """Do ``action`` with it, unless something has failed before."""
+        if self.error:
+            return
+        try:
+            action(self)
+        except RuntimeError as error:
+            self.error = str(error)
+            self._say(f"  {self.system.name} failed: {self.error.splitlines()[-1]}")
+
+    def measure(self, seconds: float) -> None:
+        """One window."""
+        assert self.running is not None
+        self.rounds.append(self.running.window(seconds))
+        self.memory = self.running.memory()
+
+    def row(self) -> Row:
+        """Medians over the rounds, the rounds themselves, or the error."""
+        told: Row = {"system": self.system.name, "kind": self.system.kind}
+        if self.error:
+            return told | {"error": self.error}
+        medians = {key: statistics.median(each[key] for each in self.rounds) for key in self.rounds[0]}
+        lost = sum(each["lost"] for each in self.rounds)
+        return told | medians | {"lost": lost} | self.memory | {"rounds": self.rounds}
 
 
 def interleave(systems: Sequence[System], case: Case, verb: str, pinned: bool, options: Options, say: Say) -> list[Row]:
-    """Start all the systems, then measure each in turn in every round; returns a row for each: medians, and all rounds.
+    """Start all the systems, then measure each in turn in every round; returns a row for each."""
+    contenders = [Contender(each, say) for each in systems]
+    with ExitStack() as stack:
+        brokers: dict[str, Broker] = {}
 
-    A system that fails has a row with ``error``, and the others go on.
-    """
-    rows: dict[str, Row] = {}
-    with brokers({each.broker for each in systems if each.broker}) as started, ExitStack() as stack:
-        running: list[Running] = []
+        def start(one: Contender) -> None:
+            name = one.system.broker
+            if name and name not in brokers:
+                brokers[name] = stack.enter_context(BROKERS[name]())
+            one.running = stack.enter_context(Running(one.system, case, verb, pinned, brokers.get(name)))
 
-        def attempt(system: System, action: Callable[[], Any]) -> Any:
-            try:
-                return action()
-            except Failed as error:
-                say(f"  {system.name}: {error}")
-                rows[system.name] = {"error": str(error)}
-                running[:] = [each for each in running if each.system is not system]
-                return None
-
-        for system in systems:
-            broker = started.get(system.broker)
-            one = attempt(system, lambda s=system, b=broker: stack.enter_context(Running(s, case, verb, pinned, b)))
-            if one is not None:
-                running.append(one)
-        seen: dict[str, list[Figures]] = {each.system.name: [] for each in running}
+        for each in contenders:
+            each.attempt(start)
         for _ in range(options.rounds):
-            for each in tuple(running):
-                found = attempt(each.system, lambda e=each: e.window(options.seconds))
-                if found is not None:
-                    seen[each.system.name].append(found)
-        for each in running:
-            rows[each.system.name] = summary(seen[each.system.name]) | each.memory()
-    return [
-        {"system": each.name, "kind": each.kind, **case._asdict(), "case": case.name, **rows[each.name]}
-        for each in systems
-    ]
-
-
-def summary(rounds: list[Figures]) -> Row:
-    """Medians over the rounds; losses summed; the rounds themselves beside them."""
-    medians: Row = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
-    return medians | {"lost": sum(each["lost"] for each in rounds), "rounds": rounds}
+            for each in contenders:
+                each.attempt(lambda one: one.measure(options.seconds))
+    told = {"case": case.name, "message": case.message, "clients": case.clients, "callers": case.callers}
+    return [told | each.row() for each in contenders]

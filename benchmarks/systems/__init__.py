@@ -7,19 +7,30 @@ from benchmarks.system import System
 SEQUENTIAL = ("one-caller", "one-caller-free")
 LARGE = "large"
 LIMIT = (*SEQUENTIAL, "asyncio-32", "threads-32", "quad", "pairs", LARGE)
+AIO_LIMIT = (*SEQUENTIAL, "asyncio-32")
 PEER = (*SEQUENTIAL, "threads-32", "quad", "pairs", LARGE, "memory")
 AIO_PEER = (*SEQUENTIAL, "asyncio-32", "quad", "pairs", "memory")
 NATS = (*PEER, "asyncio-32", "cast", "fanout-50")
+ONEHOP = (*PEER, "cast", "fanout-50")
 OSLO = "oslo"
+RPC = (*SEQUENTIAL, "threads-32", "quad", "pairs", "cast", "fanout-50", "memory", OSLO)
 
 PURE = {"ONEHOP_PURE": "1"}
 """Without the compiled helper."""
 TCP, IPC = {"transport": "tcp"}, {"transport": "ipc"}
+UVLOOP = {"uvloop": True}
+INLINE, POOL = {"inline": True}, {"inline": False, "workers": 8}
+MESSAGING = "oslo.messaging"
+RABBIT, ZMQ = {"url": "{broker}"}, {"url": "zmq://?run_directory={directory}"}
 
 _TABLE = (
     # --- limits: what remains when nothing is promised
-    System("sockets tcp", "limit", "limits:SocketServer", "limits:SocketClient", SEQUENTIAL, TCP),
-    System("sockets ipc", "limit", "limits:SocketServer", "limits:SocketClient", SEQUENTIAL, IPC),
+    System("sockets tcp", "limit", "sockets:SocketServer", "sockets:SocketClient", SEQUENTIAL, TCP),
+    System("sockets ipc", "limit", "sockets:SocketServer", "sockets:SocketClient", SEQUENTIAL, IPC),
+    System("asyncio tcp", "limit", "sockets:AsyncioServer", "sockets:AsyncioClient", AIO_LIMIT, TCP),
+    System("asyncio ipc", "limit", "sockets:AsyncioServer", "sockets:AsyncioClient", AIO_LIMIT, IPC),
+    System("asyncio uvloop tcp", "limit", "sockets:AsyncioServer", "sockets:AsyncioClient", AIO_LIMIT, TCP | UVLOOP),
+    System("asyncio uvloop ipc", "limit", "sockets:AsyncioServer", "sockets:AsyncioClient", AIO_LIMIT, IPC | UVLOOP),
     System("dealer/router bytes tcp", "limit", "limits:Router", "limits:Dealer", LIMIT, TCP | {"codec": False}),
     System("dealer/router bytes ipc", "limit", "limits:Router", "limits:Dealer", LIMIT, IPC | {"codec": False}),
     System("dealer/router tcp", "limit", "limits:Router", "limits:Dealer", LIMIT, TCP),
@@ -36,6 +47,15 @@ _TABLE = (
     System("grpc.aio", "peer", "grpc_:AioServer", "grpc_:AioClient", AIO_PEER, needs="grpcio"),
     System("nats", "peer", "nats:Server", "nats:Client", NATS, broker="nats", needs="nats-py"),
     System("zerorpc", "peer", "zerorpc_:Server", "zerorpc_:Client", (*PEER, "cast"), needs="zerorpc"),
+    # --- onehop
+    System("onehop inline", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, INLINE),
+    System("onehop inline pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, INLINE, environment=PURE),
+    System("onehop pool", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, POOL),
+    System("onehop pool pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, POOL, environment=PURE),
+    # --- oslo.messaging
+    System("oslo rabbit", "peer", "oslo_:Server", "oslo_:Client", RPC, RABBIT, broker="rabbit", needs=MESSAGING),
+    System("oslo zmq", "onehop", "oslo_:Server", "oslo_:Client", RPC, ZMQ, needs=MESSAGING),
+    System("oslo zero-cost", "limit", "oslo_:FloorServer", "oslo_:FloorClient", (OSLO,), needs=MESSAGING),
 )
 
 SYSTEMS = {each.name: each for each in _TABLE}

@@ -1,4 +1,4 @@
-"""Limits: what sockets and ZeroMQ do when nothing is promised. No deadline, no error, no second server.
+"""Limits: what ZeroMQ does when nothing is promised. No deadline, no error, no second server.
 
 ``codec`` says whether the message is encoded and decoded at both ends, as an RPC library must; without it the bytes
 are echoed.
@@ -6,9 +6,6 @@ are echoed.
 
 from __future__ import annotations
 
-import os
-import socket
-import struct
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -17,9 +14,6 @@ import zmq
 
 from benchmarks.messages import Message, answer, decode, encode
 from benchmarks.system import Sample, Setup, check, in_threads, stream
-
-CONTEXT_LINGER = 1_000
-LENGTH = struct.Struct("!I")
 
 
 def endpoint(setup: Setup, transport: str) -> str:
@@ -181,76 +175,3 @@ class Push:
         send, body = self._socket.send, self._body
         sent, began = stream(lambda: send(encode(body)), seconds)
         return Sample(sent, perf_counter() - began)
-
-
-# --- plain sockets --------------------------------------------------------------------------------------------------
-
-
-class SocketServer:
-    """Echoes bytes with their length before them, to one client."""
-
-    def __init__(self, setup: Setup, transport: str) -> None:
-        self._setup, self._transport = setup, transport
-
-    def start(self) -> str:
-        if self._transport == "tcp":
-            self._listening = socket.create_server(("127.0.0.1", 0))
-            return str(self._listening.getsockname()[1])
-        path = os.path.join(self._setup.directory, f"{self._setup.name}.sock")
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(path)
-        self._listening.listen()
-        return path
-
-    def serve(self) -> None:
-        connection, _address = self._listening.accept()
-        without_delay(connection)
-        while frame := receive_frame(connection):
-            connection.sendall(frame)
-
-    def received(self) -> int:
-        return 0
-
-
-class SocketClient:
-    """Sends bytes, and reads them back."""
-
-    def __init__(self, setup: Setup, transport: str) -> None:
-        body = encode(Message(setup.message).body)
-        self._frame = LENGTH.pack(len(body)) + body
-
-    def connect(self, addresses: list[str]) -> None:
-        if addresses[0].isdecimal():
-            self._socket = socket.create_connection(("127.0.0.1", int(addresses[0])))
-        else:
-            self._socket = socket.socket(socket.AF_UNIX)
-            self._socket.connect(addresses[0])
-        without_delay(self._socket)
-
-    def _call(self) -> bytes:
-        self._socket.sendall(self._frame)
-        return receive_frame(self._socket)
-
-    def run(self, seconds: float, callers: int) -> Sample:
-        return in_threads(self._call, seconds, 1, self._frame)
-
-
-def without_delay(connection: socket.socket) -> None:
-    """Small messages leave at once."""
-    if connection.family == socket.AF_INET:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def receive_frame(connection: socket.socket) -> bytes:
-    """The next length and what it tells of; empty at the end."""
-    got = connection.recv(65_536)
-    if not got:
-        return b""
-    missing = LENGTH.size + LENGTH.unpack_from(got)[0] - len(got)
-    if not missing:
-        return got
-    parts = [got]
-    while missing > 0:
-        parts.append(connection.recv(missing))
-        missing -= len(parts[-1])
-    return b"".join(parts)
