@@ -1,10 +1,12 @@
-# Two commands do everything: make demo, make test. They need python3 (3.11 or later) with venv, and make.
+# Three commands do everything: make demo, make test, make bench. They need python3 (3.11 or later) with venv, and make.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_VENV := .venv-bench
+BENCH_STAMP := $(BENCH_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oslo lint bench-simulator clean
+.PHONY: help demo test test-oslo lint bench bench-quick bench-simulator clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -31,22 +33,38 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy --strict src
 
+bench: $(BENCH_STAMP)  ## measure onehop beside its peers and limits, about an hour: docs/performance
+	@bash benchmarks/packages.sh
+	@$(BENCH_VENV)/bin/python -m benchmarks --out docs/performance
+
+bench-quick: $(BENCH_STAMP)  ## a short form of it: build/benchmarks
+	@bash benchmarks/packages.sh
+	@$(BENCH_VENV)/bin/python -m benchmarks --quick
+
 bench-simulator: $(STAMP)  ## rates over zmq:// and over rabbit://, interleaved
 	@$(BIN)/python benchmarks/simulator/run.py
 
 clean:  ## remove the environment and what tools left behind
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .stestr .coverage .coverage.* htmlcov
+	rm -rf $(VENV) $(BENCH_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .stestr .coverage .coverage.* htmlcov
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(STAMP): pyproject.toml
-	@python= ; for each in python3 python3.13 python3.12 python3.11; do \
-		if $$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$each; break; fi; \
-	done; \
-	if [ -z "$$python" ]; then \
-		echo "onehop needs Python 3.11 or later, and none of python3, python3.13, python3.12, python3.11 on PATH is one: install it, for instance with 'apt-get install python3.11-venv'." >&2; \
-		exit 1; \
-	fi; \
-	echo "== making $(VENV) with $$($$python --version); once, a minute or two"; \
-	$$python -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
-	@touch $(STAMP)
+	$(call environment,$(VENV),--editable '.[dev]')
+
+$(BENCH_STAMP): pyproject.toml benchmarks/requirements.txt
+	$(call environment,$(BENCH_VENV),--editable '.[oslo]' --requirement benchmarks/requirements.txt)
+
+# A virtual environment (1), and what pip is to install into it (2).
+define environment
+@python= ; for each in python3 python3.13 python3.12 python3.11; do \
+	if $$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$each; break; fi; \
+done; \
+if [ -z "$$python" ]; then \
+	echo "onehop needs Python 3.11 or later, and none of python3, python3.13, python3.12, python3.11 on PATH is one: install it, for instance with 'apt-get install python3.11-venv'." >&2; \
+	exit 1; \
+fi; \
+echo "== making $(1) with $$($$python --version); once, a minute or two"; \
+$$python -m venv --clear $(1)
+@$(1)/bin/python -m pip install --disable-pip-version-check $(2)
+@touch $@
+endef

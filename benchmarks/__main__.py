@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.measure import Failed, Options
+from benchmarks.report import write_report
+from benchmarks.results import Results
 from benchmarks.scenarios import SCENARIOS, Scenario
 from benchmarks.system import System
 from benchmarks.systems import SYSTEMS
@@ -63,11 +65,19 @@ def main(arguments: list[str] | None = None) -> int:
         given.quick,
         tuple(given.system),
     )
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = Results(given.out / "results.json")
+    failures = 0
     for name in given.scenario:
-        scenario = SCENARIOS[name]
-        for row in scenario.measure(taking_part(scenario, options.systems), options, say):
-            print({k: v for k, v in row.items() if k != "rounds"})
-    return 0
+        systems = taking_part(SCENARIOS[name], options.systems)
+        if not systems and (options.systems or not SCENARIOS[name].measured_by):
+            continue
+        rows = SCENARIOS[name].measure(systems, options, say)
+        failures += sum("error" in each for each in rows)
+        results.add(SCENARIOS[name], options, rows)
+        write_report(results.values, given.out)
+    say(f"wrote {given.out / 'index.md'}; {failures or 'no'} failures")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

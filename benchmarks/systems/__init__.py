@@ -6,12 +6,16 @@ from benchmarks.system import System
 
 SEQUENTIAL = ("one-caller", "one-caller-free")
 LARGE = "large"
-LIMIT = (*SEQUENTIAL, "asyncio-32", "threads-32", "quad", "pairs", LARGE)
+PAIRS = "pairs"  # up to 32 processes of each system at once, so not of all
+LIMIT = (*SEQUENTIAL, "asyncio-32", "threads-32", LARGE)
 AIO_LIMIT = (*SEQUENTIAL, "asyncio-32")
-PEER = (*SEQUENTIAL, "threads-32", "quad", "pairs", LARGE, "memory")
-AIO_PEER = (*SEQUENTIAL, "asyncio-32", "quad", "pairs", "memory")
-NATS = (*PEER, "asyncio-32", "cast", "fanout-50")
-ONEHOP = (*PEER, "cast", "fanout-50")
+PEER = (*SEQUENTIAL, "threads-32", "quad", LARGE, "memory")
+AIO_PEER = (*SEQUENTIAL, "asyncio-32", "quad", PAIRS, "memory")
+NATS = (*PEER, "asyncio-32", PAIRS, "cast", "fanout-50")
+ONEHOP = (*PEER, PAIRS, "cast", "fanout-50")
+ONEHOP_PURE = (*SEQUENTIAL, "threads-32", "quad")
+ONEHOP_ASYNCIO = (*SEQUENTIAL, "asyncio-32", "quad", PAIRS, "cast", "fanout-50", "memory")
+ONEHOP_UVLOOP = (*SEQUENTIAL, "asyncio-32", "quad", "cast")
 OSLO = "oslo"
 RPC = (*SEQUENTIAL, "threads-32", "quad", "pairs", "cast", "fanout-50", "memory", OSLO)
 
@@ -19,6 +23,7 @@ PURE = {"ONEHOP_PURE": "1"}
 """Without the compiled helper."""
 TCP, IPC = {"transport": "tcp"}, {"transport": "ipc"}
 UVLOOP = {"uvloop": True}
+TASK = {"inline": False}
 INLINE, POOL = {"inline": True}, {"inline": False, "workers": 8}
 MESSAGING = "oslo.messaging"
 RABBIT, ZMQ = {"url": "{broker}"}, {"url": "zmq://?run_directory={directory}"}
@@ -34,24 +39,27 @@ _TABLE = (
     System("dealer/router bytes tcp", "limit", "limits:Router", "limits:Dealer", LIMIT, TCP | {"codec": False}),
     System("dealer/router bytes ipc", "limit", "limits:Router", "limits:Dealer", LIMIT, IPC | {"codec": False}),
     System("dealer/router tcp", "limit", "limits:Router", "limits:Dealer", LIMIT, TCP),
-    System("dealer/router ipc", "limit", "limits:Router", "limits:Dealer", (*LIMIT, OSLO), IPC),
+    System("dealer/router ipc", "limit", "limits:Router", "limits:Dealer", (*LIMIT, "quad", PAIRS, OSLO), IPC),
     System("multipart tcp", "limit", "limits:MultipartRouter", "limits:MultipartDealer", LIMIT, TCP),
-    System("multipart ipc", "limit", "limits:MultipartRouter", "limits:MultipartDealer", LIMIT, IPC),
+    System("multipart ipc", "limit", "limits:MultipartRouter", "limits:MultipartDealer", (*LIMIT, "quad"), IPC),
     System("push/pull tcp", "limit", "limits:Pull", "limits:Push", ("cast",), TCP),
     System("push/pull ipc", "limit", "limits:Pull", "limits:Push", ("cast",), IPC),
     # --- peers
-    System("rpyc", "peer", "rpyc_:Server", "rpyc_:Client", PEER, needs="rpyc"),
+    System("rpyc", "peer", "rpyc_:Server", "rpyc_:Client", (*PEER, PAIRS), needs="rpyc"),
     System("nng", "peer", "nng:Server", "nng:Client", PEER, needs="pynng"),
-    System("zenoh", "peer", "zenoh_:Server", "zenoh_:Client", (*PEER, "cast"), needs="eclipse-zenoh"),
+    System("zenoh", "peer", "zenoh_:Server", "zenoh_:Client", (*PEER, PAIRS, "cast"), needs="eclipse-zenoh"),
     System("grpc", "peer", "grpc_:Server", "grpc_:Client", PEER, needs="grpcio"),
     System("grpc.aio", "peer", "grpc_:AioServer", "grpc_:AioClient", AIO_PEER, needs="grpcio"),
     System("nats", "peer", "nats:Server", "nats:Client", NATS, broker="nats", needs="nats-py"),
     System("zerorpc", "peer", "zerorpc_:Server", "zerorpc_:Client", (*PEER, "cast"), needs="zerorpc"),
     # --- onehop
     System("onehop inline", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, INLINE),
-    System("onehop inline pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, INLINE, environment=PURE),
+    System("onehop inline pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP_PURE, INLINE, environment=PURE),
     System("onehop pool", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, POOL),
-    System("onehop pool pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, POOL, environment=PURE),
+    System("onehop pool pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP_PURE, POOL, environment=PURE),
+    System("onehop asyncio", "onehop", "onehop_asyncio:Server", "onehop_asyncio:Client", ONEHOP_ASYNCIO),
+    System("onehop asyncio task", "onehop", "onehop_asyncio:Server", "onehop_asyncio:Client", ("asyncio-32",), TASK),
+    System("onehop asyncio uvloop", "onehop", "onehop_asyncio:Server", "onehop_asyncio:Client", ONEHOP_UVLOOP, UVLOOP),
     # --- oslo.messaging
     System("oslo rabbit", "peer", "oslo_:Server", "oslo_:Client", RPC, RABBIT, broker="rabbit", needs=MESSAGING),
     System("oslo zmq", "onehop", "oslo_:Server", "oslo_:Client", RPC, ZMQ, needs=MESSAGING),

@@ -1,0 +1,262 @@
+"""From results.json to what is read: Markdown, with tables, plots and the goals."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from benchmarks.goals import judge
+
+Row = dict[str, Any]
+
+COLOURS = {"onehop": "#c2410c", "peer": "#3b6ea5", "limit": "#9aa0a6"}
+MISSING = "-"
+HEADINGS = {
+    "rss_client": "client MiB",
+    "rss_server": "server MiB",
+    "rss_broker": "broker MiB",
+    "kib": "KiB each",
+    "cpu_ms": "CPU ms each",
+    "idle_share": "CPU share idle",
+    "sender_cpu": "sender's CPU s",
+    "rate": "calls/s",
+    "cpu": "CPU µs",
+}
+HIDDEN = {"kind", "rounds", "case", "message", "clients", "callers", "note"}
+
+READING = Path(__file__).with_name("reading.md")
+"""What is said of the figures in general."""
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    """Three digits that mean something, thousands separated."""
+    if value is None:
+        return MISSING
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 100:
+        digits = len(f"{size:.0f}")
+        return f"{round(value, 3 - digits):,.0f}"
+    return f"{value:.1f}" if size >= 10 else f"{value:.2g}" if size < 1 else f"{value:.2f}"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column to the left, figures to the right."""
+    lines = [headings, ["---", *["--:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(each)} |" for each in lines)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def measured(rows: Sequence[Row]) -> str:
+    """The table of one case of an interleaved scenario, the fastest first."""
+    headings = [
+        "system",
+        "per second",
+        "spread",
+        "p50 µs",
+        "p99 µs",
+        "CPU µs",
+        "client / server / broker",
+        "MiB client / server / broker",
+    ]
+    lost = any(each.get("lost") for each in rows)
+    lines = []
+    for row in sorted(rows, key=lambda each: -each.get("rate", 0.0)):
+        name = f"**{row['system']}**" if row["kind"] == "onehop" else row["system"]
+        if "error" in row:
+            lines.append([name, "failed", *[MISSING] * (len(headings) - 2 + lost)])
+            continue
+        line = [
+            name,
+            number(row["rate"]),
+            f"{spread(row):.0%}",
+            number(row["p50"] or None),
+            number(row["p99"] or None),
+            number(row["cpu"]),
+            " / ".join(number(row[f"cpu_{end}"] or None) for end in ("client", "server", "broker")),
+            " / ".join(number(row[f"rss_{end}"] or None) for end in ("client", "server", "broker")),
+        ]
+        lines.append(line + [number(row["lost"])] * lost)
+    return table(headings + ["lost"] * lost, lines)
+
+
+def spread(row: Row) -> float:
+    """Between the fastest and the slowest round, as a share of the median rate."""
+    rates = [each["rate"] for each in row["rounds"]]
+    return (max(rates) - min(rates)) / row["rate"] if row["rate"] else 0.0
+
+
+def plain(rows: Sequence[Row]) -> str:
+    """The table of a scenario that was measured in a way of its own: a column for each figure."""
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in HIDDEN]
+    return table(
+        [HEADINGS.get(each, each.replace("_", " ")) for each in columns],
+        [[cell(row.get(each)) for each in columns] for row in rows],
+    )
+
+
+def cell(value: Any) -> str:
+    """A figure, or a text."""
+    if isinstance(value, str):
+        return value.splitlines()[-1] if value else ""
+    if isinstance(value, bool | list | dict):
+        return str(value)
+    return number(value)
+
+
+# --- plots ----------------------------------------------------------------------------------------------------------
+
+
+def drawing(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> str:
+    """Have ``draw`` draw on axes, keep that as SVG, and return its Markdown."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "onehop"  # the same figures give the same file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return f"![{path.stem}]({path.name})"
+
+
+def bars(path: Path, rows: Sequence[Row]) -> str:
+    """Rates of one case, as ratios to onehop's best."""
+    shown = sorted((each for each in rows if each.get("rate")), key=lambda each: each["rate"])
+    best = max((each["rate"] for each in shown if each["kind"] == "onehop"), default=0.0)
+    if not best or len(shown) < 2:
+        return ""
+
+    def draw(axes: Any) -> None:
+        drawn = axes.barh(
+            [each["system"] for each in shown],
+            [each["rate"] for each in shown],
+            color=[COLOURS[each["kind"]] for each in shown],
+        )
+        axes.bar_label(
+            drawn, [f" {number(each['rate'])}  ({number(each['rate'] / best)}x)" for each in shown], fontsize=8
+        )
+        axes.set_xlabel("per second, and as a multiple of onehop's best (orange: onehop, blue: peers, grey: limits)")
+        axes.margins(x=0.25)
+
+    return drawing(path, (9, 0.9 + 0.27 * len(shown)), draw)
+
+
+def lines(path: Path, rows: Sequence[Row], across: str, label: str, by: Callable[[Row], str]) -> str:
+    """Rates over a figure, a line for each ``by``."""
+    shown = [each for each in rows if each.get("rate")]
+    if not shown:
+        return ""
+
+    def draw(axes: Any) -> None:
+        for name in dict.fromkeys(map(by, shown)):
+            points = sorted((float(each[across]), each["rate"]) for each in shown if by(each) == name)
+            kind = next(each.get("kind", "onehop") for each in shown if by(each) == name)
+            style = {"onehop": "o-", "peer": "s--", "limit": "x:"}[kind]
+            axes.plot(*zip(*points, strict=True), style, label=name, linewidth=2 if kind == "onehop" else 1.2)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = sorted({float(each[across]) for each in shown})
+        axes.set_xticks(ticks, [f"{each:g}" for each in ticks])
+        axes.set_xlabel(label)
+        axes.set_ylabel("calls per second")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+
+    return drawing(path, (9, 4.5), draw)
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def write_report(results: dict[str, Any], out: Path) -> None:
+    """Write index.md and its plots beside results.json. Renders what there is."""
+    sections = [head(results, out), machine(results["machine"]), READING.read_text().strip(), goals(results)]
+    sections += [section(name, each, out) for name, each in results["scenarios"].items() if name != "scale"]
+    sections.append(
+        "## Again\n\n    make bench\n\nmeasures it all anew and writes this page; `make bench-quick` is a short form."
+    )
+    (out / "index.md").write_text("\n\n".join(filter(None, sections)) + "\n")
+
+
+def head(results: dict[str, Any], out: Path) -> str:
+    """The title, and how far one pays for more hosts."""
+    text = "# Performance\n\nonehop beside its peers, and beside the limits of what it is made of."
+    scale = results["scenarios"].get("scale")
+    if scale is None:
+        return text
+    shares = {each.get("share") for each in scale["rows"]}
+
+    def name(row: Row) -> str:
+        return f"{row['system']}, {row['share']:g} CPU" if len(shares) > 1 else row["system"]
+
+    plot = lines(out / "scale.svg", scale["rows"], "hosts", "hosts", name)
+    return f"{text}\n\n## {scale['title']}\n\n{plot}\n\n{plain(scale['rows'])}\n\n{conditions(scale)}"
+
+
+def machine(told: dict[str, Any]) -> str:
+    """What it was measured on."""
+    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    kind = "virtual machine" if told["virtual"] else "machine"
+    return (
+        f"## Machine\n\nOne {kind}: {told['cpu']}, {told['cores']} processors, {told['memory']}, "
+        f"Linux {told['kernel']}, Python {told['python']}.\n\n{versions}."
+    )
+
+
+def goals(results: dict[str, Any]) -> str:
+    """The goals, and whether they are met."""
+    judged = list(judge(results))
+    if not judged:
+        return ""
+    met = sum(each.met is True for each in judged)
+    verdicts = {True: "met", False: "**missed**", None: "not measured"}
+    rows = [[each.text, each.scenario, each.bound, number(each.measured), verdicts[each.met]] for each in judged]
+    count = sum(each.met is not None for each in judged)
+    return f"## Goals\n\nRatios of medians inside one table. {met} of {count} that were measured are met.\n\n" + table(
+        ["goal", "table", "bound", "measured", ""], rows
+    )
+
+
+def section(name: str, scenario: dict[str, Any], out: Path) -> str:
+    """One scenario: its tables and plots."""
+    parts = [f"## {scenario['title']}"]
+    rows = scenario["rows"]
+    if not any("rounds" in each for each in rows):
+        parts.append(plain(rows))
+    else:
+        if name == "pairs":
+            parts.append(lines(out / "pairs.svg", rows, "case", "pairs", lambda each: each["system"]))
+        for case, of_case in groupby(rows, key=lambda each: each["case"]):
+            shown = list(of_case)
+            parts += [f"### {case}", measured(shown)]
+            if name != "pairs":
+                parts.append(bars(out / f"{name}-{case.replace(' ', '-')}.svg", shown))
+    failed = [f"* {each['system']}: {each['error'].splitlines()[-1]}" for each in rows if "error" in each]
+    if failed:
+        parts.append("Failed:\n\n" + "\n".join(dict.fromkeys(failed)))
+    return "\n\n".join(filter(None, [*parts, conditions(scenario)]))
+
+
+def conditions(scenario: dict[str, Any]) -> str:
+    """When and how long."""
+    short = ", the short form" if scenario["quick"] else ""
+    return f"*{scenario['date']}; {scenario['rounds']} rounds of {scenario['seconds']:g} s{short}.*"
+
+
+if __name__ == "__main__":
+    for each in map(Path, sys.argv[1:]):  # rendered again, without measuring
+        write_report(msgspec.json.decode((each / "results.json").read_bytes()), each)
