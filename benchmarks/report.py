@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def cell(value: Any) -> str:
 
 
 def drawing(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> str:
-    """Have ``draw`` draw on axes, keep that as SVG, and return its Markdown."""
+    """Have ``draw`` draw on axes, keep that as SVG, and return its Markdown; empty where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        return ""
     import matplotlib
 
     matplotlib.use("svg")
