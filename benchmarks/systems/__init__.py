@@ -12,6 +12,8 @@ AIO_LIMIT = (*SEQUENTIAL, "asyncio-32")
 PEER = (*SEQUENTIAL, "threads-32", "quad", LARGE, "memory")
 AIO_PEER = (*SEQUENTIAL, "asyncio-32", "quad", PAIRS, "memory")
 NATS = (*PEER, "asyncio-32", PAIRS, "cast", "fanout-50")
+UVLOOP_NATS = (*SEQUENTIAL, "asyncio-32", "quad", "cast")
+ZENOH = (*PEER, PAIRS, "cast", "fanout-50")
 ONEHOP = (*PEER, PAIRS, "cast", "fanout-50")
 ONEHOP_PURE = (*SEQUENTIAL, "threads-32", "quad")
 ONEHOP_ASYNCIO = (*SEQUENTIAL, "asyncio-32", "quad", PAIRS, "cast", "fanout-50", "memory")
@@ -25,6 +27,8 @@ TCP, IPC = {"transport": "tcp"}, {"transport": "ipc"}
 UVLOOP = {"uvloop": True}
 TASK = {"inline": False}
 INLINE, POOL = {"inline": True}, {"inline": False, "workers": 8}
+SHARED = {"connections": 1}
+PUSH_PULL, PUB_SUB = {"taker": "Puller", "giver": "Pusher"}, {"taker": "Subscriber", "giver": "Publisher"}
 MESSAGING = "oslo.messaging"
 RABBIT, ZMQ = {"url": "{broker}"}, {"url": "zmq://?run_directory={directory}"}
 
@@ -46,12 +50,16 @@ _TABLE = (
     System("push/pull ipc", "limit", "limits:Pull", "limits:Push", ("cast",), IPC),
     # --- peers
     System("rpyc", "peer", "rpyc_:Server", "rpyc_:Client", (*PEER, PAIRS), needs="rpyc"),
+    System("rpyc, one connection", "peer", "rpyc_:Server", "rpyc_:Client", ("threads-32",), SHARED, needs="rpyc"),
     System("nng", "peer", "nng:Server", "nng:Client", PEER, needs="pynng"),
-    System("zenoh", "peer", "zenoh_:Server", "zenoh_:Client", (*PEER, PAIRS, "cast"), needs="eclipse-zenoh"),
+    System("zenoh", "peer", "zenoh_:Server", "zenoh_:Client", ZENOH, needs="eclipse-zenoh"),
     System("grpc", "peer", "grpc_:Server", "grpc_:Client", PEER, needs="grpcio"),
     System("grpc.aio", "peer", "grpc_:AioServer", "grpc_:AioClient", AIO_PEER, needs="grpcio"),
     System("nats", "peer", "nats:Server", "nats:Client", NATS, broker="nats", needs="nats-py"),
-    System("zerorpc", "peer", "zerorpc_:Server", "zerorpc_:Client", (*PEER, "cast"), needs="zerorpc"),
+    System("nats uvloop", "peer", "nats:Server", "nats:Client", UVLOOP_NATS, UVLOOP, broker="nats", needs="nats-py"),
+    System("zerorpc", "peer", "zerorpc_:Server", "zerorpc_:Client", PEER, needs="zerorpc"),
+    System("zerorpc push/pull", "peer", "zerorpc_:Taker", "zerorpc_:Giver", ("cast",), PUSH_PULL, needs="zerorpc"),
+    System("zerorpc pub/sub", "peer", "zerorpc_:Taker", "zerorpc_:Giver", ("fanout-50",), PUB_SUB, needs="zerorpc"),
     # --- onehop
     System("onehop inline", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, INLINE),
     System("onehop inline pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP_PURE, INLINE, environment=PURE),
