@@ -1,0 +1,417 @@
+/* Sends to ZeroMQ sockets, and receives from them, without letting go of the interpreter's lock.
+ *
+ * pyzmq releases the GIL around each frame, also where nothing can wait. With a dozen threads wanting it, every release
+ * starts a fight that costs more than the message. Here it is released in one place: where a thread goes to sleep.
+ *
+ * Optional: where this was not compiled, the same is done through pyzmq. A socket is an address (pyzmq's
+ * Socket.underlying); its owner keeps it open, and keeps other threads away, for as long as a call lasts.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <limits.h>
+#include <poll.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+/* libzmq ----------------------------------------------------------------------------------------- */
+
+/* What zmq.h says since libzmq 4. Not included, so that building needs nothing but Python, and not linked: a second
+ * libzmq in the process would not know the sockets of the first. */
+
+typedef struct {
+    _Alignas(void *) unsigned char opaque[64];
+} zmq_msg_t;
+
+enum { ZMQ_DONTWAIT = 1, ZMQ_SNDMORE = 2 };
+
+#define EACH_FUNCTION(DO)                                  \
+    DO(int, zmq_msg_init, (zmq_msg_t *))                   \
+    DO(int, zmq_msg_init_size, (zmq_msg_t *, size_t))      \
+    DO(int, zmq_msg_send, (zmq_msg_t *, void *, int))      \
+    DO(int, zmq_msg_recv, (zmq_msg_t *, void *, int))      \
+    DO(int, zmq_msg_move, (zmq_msg_t *, zmq_msg_t *))      \
+    DO(int, zmq_msg_close, (zmq_msg_t *))                  \
+    DO(void *, zmq_msg_data, (zmq_msg_t *))                \
+    DO(size_t, zmq_msg_size, (const zmq_msg_t *))          \
+    DO(int, zmq_msg_more, (const zmq_msg_t *))             \
+    DO(int, zmq_errno, (void))                             \
+    DO(const char *, zmq_strerror, (int))
+
+#define DECLARE(result, name, arguments) static result(*name) arguments;
+#define LIST(result, name, arguments) {#name, (void **)&name},
+
+EACH_FUNCTION(DECLARE)
+
+static const struct {
+    const char *name;
+    void **pointer;
+} functions[] = {EACH_FUNCTION(LIST)};
+
+enum { FUNCTIONS = sizeof functions / sizeof *functions };
+
+static void *library; /* NULL until bind() has found every function in it */
+
+static PyObject *
+bind(PyObject *Py_UNUSED(module), PyObject *path)
+{
+    const char *name = PyUnicode_AsUTF8(path);
+    if (name == NULL)
+        return NULL;
+    void *opened = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+    if (opened == NULL)
+        return PyErr_Format(PyExc_ImportError, "%s is not loaded: give the file of pyzmq's imported backend", name);
+    void *found[FUNCTIONS];
+    for (int i = 0; i < FUNCTIONS; i++) {
+        found[i] = dlsym(opened, functions[i].name);
+        if (found[i] == NULL) {
+            dlclose(opened);
+            return PyErr_Format(PyExc_ImportError, "%s does not lead to libzmq: %s is not found", name,
+                                functions[i].name);
+        }
+    }
+    for (int i = 0; i < FUNCTIONS; i++)
+        *functions[i].pointer = found[i];
+    library = opened; /* never closed: bodies may outlive everything else */
+    Py_RETURN_NONE;
+}
+
+static int
+fail(int number)
+{
+    PyObject *arguments = Py_BuildValue("is", number, zmq_strerror(number)); /* libzmq has numbers of its own */
+    if (arguments != NULL) {
+        PyErr_SetObject(PyExc_OSError, arguments);
+        Py_DECREF(arguments);
+    }
+    return -1;
+}
+
+/* Arguments -------------------------------------------------------------------------------------- */
+
+static int
+expect(const char *name, Py_ssize_t wanted, Py_ssize_t given)
+{
+    if (library == NULL)
+        PyErr_SetString(PyExc_RuntimeError, "not bound to libzmq: call bind() first");
+    else if (wanted != given)
+        PyErr_Format(PyExc_TypeError, "%s() takes %zd arguments, %zd were given", name, wanted, given);
+    else
+        return 0;
+    return -1;
+}
+
+/* Zero passes: libzmq answers it with ENOTSOCK, as it does an address that is no socket. */
+static int
+to_socket(PyObject *address, void **socket)
+{
+    *socket = PyLong_AsVoidPtr(address);
+    return *socket == NULL && PyErr_Occurred() ? -1 : 0;
+}
+
+static int
+to_int(PyObject *number, int *value)
+{
+    long wide = PyLong_AsLong(number);
+    if (wide == -1 && PyErr_Occurred())
+        return -1;
+    if (wide < INT_MIN || wide > INT_MAX) {
+        PyErr_Format(PyExc_OverflowError, "%ld does not fit into an int", wide);
+        return -1;
+    }
+    *value = (int)wide;
+    return 0;
+}
+
+/* A message of ZeroMQ with a copy of `bytes`. */
+static int
+to_message(PyObject *bytes, zmq_msg_t *message)
+{
+    char *data;
+    Py_ssize_t size;
+    if (PyBytes_AsStringAndSize(bytes, &data, &size) < 0)
+        return -1;
+    if (zmq_msg_init_size(message, (size_t)size) < 0)
+        return fail(zmq_errno());
+    memcpy(zmq_msg_data(message), data, (size_t)size);
+    return 0;
+}
+
+/* Sending ---------------------------------------------------------------------------------------- */
+
+/* 1: libzmq has taken the message; 0: there is no room; -1: an error is set. Whichever, there is nothing to close. */
+static int
+hand_over(zmq_msg_t *message, void *socket, int flags)
+{
+    while (zmq_msg_send(message, socket, flags | ZMQ_DONTWAIT) < 0) {
+        int number = zmq_errno();
+        if (number == EINTR)
+            continue;
+        zmq_msg_close(message);
+        return number == EAGAIN ? 0 : fail(number);
+    }
+    return 1;
+}
+
+static PyObject *
+send_frame(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    void *socket;
+    zmq_msg_t frame;
+    if (expect("send", 2, count) < 0 || to_socket(given[0], &socket) < 0 || to_message(given[1], &frame) < 0)
+        return NULL;
+    int taken = hand_over(&frame, socket, 0);
+    return taken < 0 ? NULL : PyBool_FromLong(taken);
+}
+
+static PyObject *
+send_frame_to(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    void *socket;
+    zmq_msg_t identity, frame;
+    if (expect("send_to", 3, count) < 0 || to_socket(given[0], &socket) < 0 || to_message(given[1], &identity) < 0)
+        return NULL;
+    /* Both are made before the first is sent: once libzmq has the identity, the frame has to follow. It does not ask
+     * for room again, which it counts in messages. */
+    if (to_message(given[2], &frame) < 0) {
+        zmq_msg_close(&identity);
+        return NULL;
+    }
+    int taken = hand_over(&identity, socket, ZMQ_SNDMORE);
+    if (taken == 1)
+        taken = hand_over(&frame, socket, 0);
+    else
+        zmq_msg_close(&frame);
+    return taken < 0 ? NULL : PyBool_FromLong(taken);
+}
+
+/* Receiving -------------------------------------------------------------------------------------- */
+
+/* The owner of a message that a memoryview shows, so that a large body is never copied. */
+typedef struct {
+    PyObject_HEAD
+    zmq_msg_t message;
+} Body;
+
+static void
+body_dealloc(PyObject *self)
+{
+    zmq_msg_close(&((Body *)self)->message);
+    PyObject_Free(self);
+}
+
+static int
+body_getbuffer(PyObject *self, Py_buffer *view, int flags)
+{
+    zmq_msg_t *message = &((Body *)self)->message;
+    /* Read-only: inside one process it may be the sender's own memory. */
+    return PyBuffer_FillInfo(view, self, zmq_msg_data(message), (Py_ssize_t)zmq_msg_size(message), 1, flags);
+}
+
+static PyBufferProcs body_as_buffer = {.bf_getbuffer = body_getbuffer};
+
+static PyTypeObject Body_Type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "onehop.transport._native.Body",
+    .tp_basicsize = sizeof(Body),
+    .tp_dealloc = body_dealloc,
+    .tp_as_buffer = &body_as_buffer,
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+};
+
+static PyObject *
+view_of(zmq_msg_t *message)
+{
+    Body *body = PyObject_New(Body, &Body_Type);
+    if (body == NULL)
+        return NULL;
+    zmq_msg_init(&body->message);
+    zmq_msg_move(&body->message, message);
+    PyObject *view = PyMemoryView_FromObject((PyObject *)body);
+    Py_DECREF(body);
+    return view;
+}
+
+static void
+close_all(zmq_msg_t *frames, int count)
+{
+    while (count > 0)
+        zmq_msg_close(&frames[--count]);
+}
+
+/* Receives one message to its last frame, whatever becomes of it: what is left behind would be taken for the next
+ * message, and its first frame for an identity. The first `kept` frames are the caller's to close, one more place is
+ * for those nobody wants. Returns how many there were; 0 when there is no message; -1 when an error is set.
+ */
+static int
+receive(void *socket, zmq_msg_t *frames, int kept)
+{
+    int count = 0, more;
+    do {
+        int place = count < kept ? count : kept;
+        zmq_msg_t *frame = &frames[place];
+        zmq_msg_init(frame);
+        while (zmq_msg_recv(frame, socket, ZMQ_DONTWAIT) < 0) {
+            int number = zmq_errno();
+            if (number == EINTR)
+                continue;
+            close_all(frames, place + 1);
+            return number == EAGAIN && count == 0 ? 0 : fail(number);
+        }
+        more = zmq_msg_more(frame);
+        if (place == kept)
+            zmq_msg_close(frame);
+        count++;
+    } while (more);
+    return count;
+}
+
+/* (identity, frame, body) of a ROUTER, which is 3 `wide`, or (frame, body) of a DEALER, which is 2. A message with more
+ * frames is none of ours, and one with fewer neither: its frame is shown as empty, which is refused as too short. */
+static PyObject *
+to_entry(zmq_msg_t *frames, int count, int wide)
+{
+    PyObject *entry = PyTuple_New(wide);
+    for (int i = 0; entry != NULL && i < wide; i++) {
+        int is_body = i == wide - 1, is_frame = i == wide - 2;
+        PyObject *item;
+        if (is_body)
+            item = count < wide ? Py_NewRef(Py_None) : view_of(&frames[i]);
+        else if (is_frame && (count > wide || count <= i))
+            item = PyBytes_FromStringAndSize(NULL, 0);
+        else
+            item = PyBytes_FromStringAndSize(zmq_msg_data(&frames[i]), (Py_ssize_t)zmq_msg_size(&frames[i]));
+        if (item == NULL)
+            Py_CLEAR(entry);
+        else
+            PyTuple_SET_ITEM(entry, i, item);
+    }
+    close_all(frames, count < wide ? count : wide);
+    return entry;
+}
+
+static PyObject *
+drain_into(const char *name, PyObject *const *given, Py_ssize_t given_count, int wide)
+{
+    void *socket;
+    int limit;
+    if (expect(name, 3, given_count) < 0 || to_socket(given[0], &socket) < 0 || to_int(given[1], &limit) < 0)
+        return NULL;
+    PyObject *into = given[2];
+    if (!PyList_Check(into))
+        return PyErr_Format(PyExc_TypeError, "%s() appends to a list, not to %.100s", name, Py_TYPE(into)->tp_name);
+    for (; limit > 0; limit--) {
+        zmq_msg_t frames[4];
+        int count = receive(socket, frames, wide);
+        if (count < 0)
+            return NULL;
+        if (count == 0)
+            Py_RETURN_FALSE;
+        PyObject *entry = to_entry(frames, count, wide);
+        int appended = entry == NULL ? -1 : PyList_Append(into, entry);
+        Py_XDECREF(entry);
+        if (appended < 0)
+            return NULL;
+    }
+    Py_RETURN_TRUE;
+}
+
+static PyObject *
+drain(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    return drain_into("drain", given, count, 2);
+}
+
+static PyObject *
+drain_from(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    return drain_into("drain_from", given, count, 3);
+}
+
+/* Waiting ---------------------------------------------------------------------------------------- */
+
+static int64_t
+now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+static PyObject *
+wait_for(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    int fd, wake, left;
+    if (expect("wait", 3, count) < 0 || to_int(given[0], &fd) < 0 || to_int(given[1], &wake) < 0 ||
+        to_int(given[2], &left) < 0)
+        return NULL;
+    struct pollfd both[] = {{.fd = fd, .events = POLLIN}, {.fd = wake, .events = POLLIN}};
+    int64_t end = now() + (int64_t)left * 1000000;
+    for (;;) {
+        int ready;
+        Py_BEGIN_ALLOW_THREADS
+        ready = poll(both, 2, left);
+        Py_END_ALLOW_THREADS
+        if (ready >= 0)
+            break;
+        if (errno != EINTR)
+            return PyErr_SetFromErrno(PyExc_OSError);
+        if (PyErr_CheckSignals() < 0)
+            return NULL;
+        if (left > 0) {
+            int64_t rest = (end - now() + 999999) / 1000000; /* rounded up: too short a wait becomes a busy one */
+            left = rest > 0 ? (int)rest : 0;
+        }
+    }
+    if (both[1].revents != 0) {
+        uint64_t times;
+        if (read(wake, &times, sizeof times) < 0 && errno != EAGAIN)
+            return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    return PyLong_FromLong((both[0].revents != 0) | (both[1].revents != 0) << 1);
+}
+
+/* The module ------------------------------------------------------------------------------------- */
+
+#define METHOD(name, function, signature) \
+    {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, PyDoc_STR(name "($module, " signature ", /)\n--\n\n")}
+
+static PyMethodDef methods[] = {
+    {"bind", bind, METH_O, PyDoc_STR("bind($module, path, /)\n--\n\n")},
+    METHOD("send", send_frame, "socket, frame"),
+    METHOD("send_to", send_frame_to, "socket, identity, frame"),
+    METHOD("drain", drain, "socket, limit, into"),
+    METHOD("drain_from", drain_from, "socket, limit, into"),
+    METHOD("wait", wait_for, "fd, wake, milliseconds"),
+    {NULL, NULL, 0, NULL},
+};
+
+static int
+execute(PyObject *Py_UNUSED(module))
+{
+    return PyType_Ready(&Body_Type);
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, (void *)execute},
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "onehop.transport._native",
+    .m_doc = PyDoc_STR("Sends and receives without letting go of the interpreter's lock; see _native.pyi."),
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC
+PyInit__native(void)
+{
+    return PyModuleDef_Init(&definition);
+}
