@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -27,15 +26,16 @@ REJECTED = "rejected"
 LOST = "lost"
 
 
-@dataclass(slots=True, eq=False)
 class Call:
     """One request under way.
 
-    Attributes:
+    Args:
         kind: of its frame: REQUEST, CAST or PING, or HELLO for the one that stands for the answer to a hello.
+        deadline: when the caller gives up, on the caller's clock.
+        size: bytes of its body, for the window.
+
+    Attributes:
         id: its number on the link; 0 until registered.
-        deadline: when the caller gives up, on the caller's clock; None for never.
-        size: bytes of its frame, for the window.
         outcome: None while it runs, then one of REPLIED, FAILED, TAKEN, REJECTED, LOST. Set last.
         body: what came with the outcome: the reply's body, or (reason, text) of a rejection, or why it was lost.
         items: of a stream, what has come and was not read; None for other calls.
@@ -44,21 +44,26 @@ class Call:
         sent: whether the frame may have left this process.
         given_up: whoever sends passes over it.
         waiter: the engine's; who is to be woken.
+        route: the engine's; where it went.
     """
 
-    kind: int
-    deadline: float | None = None
-    size: int = 0
-    id: int = 0
+    # Defaults that most calls never change stand in the class: a call is made for every request.
+    id = 0
     outcome: str | None = None
     body: Any = None
     items: deque[Body] | None = None
-    granted: int = 0
-    arrived: int = 0
-    signs: int = 0
-    sent: bool = False
-    given_up: bool = False
+    granted = 0
+    arrived = 0
+    signs = 0
+    sent = False
+    given_up = False
     waiter: Any = None
+    route: Any = None
+
+    def __init__(self, kind: int, deadline: float = float("inf"), size: int = 0) -> None:
+        self.kind = kind
+        self.deadline = deadline
+        self.size = size
 
 
 class CallTable:
@@ -105,17 +110,25 @@ class CallTable:
         call.given_up = True
         return self.pending.pop(call.id, None) is not None
 
-    def receive(self, frame: bytes, body: Body | None, moved: list[Call]) -> None:
-        """Take in one frame for calls (ACK and above); append to ``moved`` whoever has news.
+    def receive(self, frame: bytes, body: Body | None, moved: list[Call]) -> bool:
+        """Take in one frame; append to ``moved`` whoever has news.
 
         Args:
             body: the second frame, where there was one.
 
+        Returns:
+            Whether it was a frame for calls (ACK and above). Nothing was done with any other.
+
         Raises:
             WireError: the frame breaks the wire format. Nothing has changed.
         """
-        kind, flags, extent, _number, id = wire.HEADER.unpack_from(frame)
-        if (body is not None) != bool(flags & wire.BODY_FOLLOWS):
+        try:
+            kind, flags, extent, _number, id = wire.HEADER.unpack_from(frame)
+        except wire.TOO_SHORT:
+            raise WireError(f"a frame of {len(frame)} bytes; the header alone takes {wire.HEADER_SIZE}") from None
+        if kind < wire.FIRST_FOR_CALLS:
+            return False
+        if (body is not None or flags & wire.BODY_FOLLOWS) and (body is None or not flags & wire.BODY_FOLLOWS):
             raise WireError("a body that is announced and missing, or there and not announced")
         if kind == wire.REPLY:
             call = self.pending.get(id)
@@ -125,7 +138,7 @@ class CallTable:
             if call is None or self.pending.pop(id, None) is None:
                 # Legal (wire 3.5): the call timed out here while the reply was on its way.
                 self.late += 1
-                return
+                return True
             call.body = frame[wire.HEADER_SIZE :] if body is None else body
             call.outcome = FAILED if flags & wire.FAILED else REPLIED
             moved.append(call)
@@ -144,7 +157,7 @@ class CallTable:
             call = self.pending.get(id)
             if call is None:
                 self.late += 1
-                return
+                return True
             if kind == wire.ITEM:
                 if call.items is None or call.arrived >= call.granted:
                     raise WireError(f"an item for call {id}, which asked for no more items")
@@ -154,6 +167,7 @@ class CallTable:
             moved.append(call)
         else:
             raise WireError(f"kind {kind} does not go from a server to a caller")
+        return True
 
     def _end(self, id: int, kind: int | None, outcome: str, body: Any, moved: list[Call]) -> None:
         call = self.pending.get(id)
@@ -188,5 +202,5 @@ class CallTable:
 
     def expire(self, now: float) -> list[Call]:
         """Forget the calls whose deadline has come; returns them, without an outcome."""
-        due = [call for call in list(self.pending.values()) if call.deadline is not None and call.deadline <= now]
+        due = [call for call in list(self.pending.values()) if call.deadline <= now]
         return [call for call in due if self.give_up(call)]

@@ -9,7 +9,6 @@ A request runs at most once: it carries its sender's node id (said in the hello)
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from onehop.errors import WireError
@@ -17,6 +16,9 @@ from onehop.protocol import wire
 from onehop.protocol.wire import Body, Frame, Hello
 
 Key = TypeVar("Key")
+
+Message = tuple[bytes, bytes, Body | None]
+"""What came: the connection's identity, a frame, and the body that rode as a second frame."""
 
 SILENT_AFTER = 60.0
 """Seconds without a frame after which a connection is probed: is it still there?"""
@@ -75,22 +77,33 @@ class Window:
         return AGAIN
 
 
-@dataclass(slots=True, eq=False)
 class Sender:
-    """One connection that has said hello."""
+    """One connection that has said hello.
 
-    node: bytes
-    host: str
-    window: Window
-    heard: float
+    Args:
+        window: of the node's requests; its connections share it.
+        heard: when it last sent something.
+
+    Attributes:
+        calls: the requests (not casts) taken in from it and not answered, by number.
+    """
+
+    __slots__ = ("calls", "heard", "host", "node", "window")
+
+    def __init__(self, node: bytes, host: str, window: Window, heard: float) -> None:
+        self.node = node
+        self.host = host
+        self.window = window
+        self.heard = heard
+        self.calls: dict[int, Request] = {}
 
 
-@dataclass(slots=True, eq=False)
 class Request:
     """One request taken in, for one instance of a service.
 
     Attributes:
         identity: the connection it came on, and its answer returns on.
+        names: service, server (as the caller named it, perhaps empty) and method.
         deadline: when its caller gives up, on this node's clock; None for never.
         monitor: seconds within which the caller wants a sign of life; None for none.
         granted: of a stream, how many items its reader has asked for so far.
@@ -101,24 +114,59 @@ class Request:
         waiter: the engine's; who waits for credit.
     """
 
-    identity: bytes
-    kind: int
-    flags: int
-    id: int
-    node: bytes
-    service: str
-    server: str
-    method: str
-    body: Body
-    deadline: float | None
-    monitor: float | None
-    size: int
-    target: Any
-    granted: int = 0
-    queued: bool = False
-    cancelled: bool = False
-    answered: bool = False
+    # Defaults that most requests never change stand in the class: one is made for every request.
+    granted = 0
+    queued = False
+    cancelled = False
+    answered = False
     waiter: Any = None
+
+    def __init__(
+        self,
+        identity: bytes,
+        sender: Sender,
+        kind: int,
+        flags: int,
+        id: int,
+        names: tuple[str, str, str],
+        body: Body,
+        deadline: float | None,
+        monitor: float | None,
+        size: int,
+        target: Any,
+    ) -> None:
+        self.identity = identity
+        self.sender = sender
+        self.kind = kind
+        self.flags = flags
+        self.id = id
+        self.names = names
+        self.body = body
+        self.deadline = deadline
+        self.monitor = monitor
+        self.size = size
+        self.target = target
+
+    @property
+    def node(self) -> bytes:
+        """The caller's node id."""
+        return self.sender.node
+
+    @property
+    def service(self) -> str:
+        return self.names[0]
+
+    @property
+    def server(self) -> str:
+        return self.names[1]
+
+    @property
+    def method(self) -> str:
+        return self.names[2]
+
+
+Acks = dict[bytes, tuple[Any, list[int]]]
+"""Casts to be acknowledged: by connection, a target whose length is told as the load, and the numbers."""
 
 
 class Inbox:
@@ -156,11 +204,11 @@ class Inbox:
         self.counts: Counter[str] = Counter()
         self.senders: dict[bytes, Sender] = {}
         self._windows: dict[bytes, Window] = {}
-        self._calls: dict[tuple[bytes, int], Request] = {}
         self._beats: dict[Request, float] = {}
         self._offers: dict[tuple[str, str], list[Any]] = {}
         self._services: dict[str, list[Any]] = {}
         self._addresses: dict[bytes, tuple[str, str, str]] = {}
+        self._direct: dict[bytes, tuple[tuple[str, str, str], Any]] = {}
 
     # What is offered ------------------------------------------------------------------------------
 
@@ -172,25 +220,79 @@ class Inbox:
         """
         self._offers.setdefault((service, server), []).append(target)
         self._services.setdefault(service, []).append(target)
+        self._direct.clear()
 
     def withdraw(self, service: str, server: str, target: Any) -> None:
         """The reverse of :meth:`offer`. What ``target`` has taken stays owed."""
         _remove(self._offers, (service, server), target)
         _remove(self._services, service, target)
+        self._direct.clear()
 
     # What comes in --------------------------------------------------------------------------------
 
     def receive(self, identity: bytes, frame: bytes, body: Body | None, now: float, moved: list[Request]) -> None:
-        """Take in one message from the connection ``identity``.
+        """Take in one message from the connection ``identity``; see :meth:`receive_all`."""
+        self.receive_all([(identity, frame, body)], now, moved)
+
+    def receive_all(self, messages: list[Message], now: float, moved: list[Request]) -> None:
+        """Take in messages, in their order, and out of the list.
 
         Appends to ``moved`` each request to be run, and each that has news (credit, cancellation). Answers that
-        need no handler are appended to ``outgoing``. Never raises for what a peer sent.
+        need no handler are appended to ``outgoing``; the casts of one connection are acknowledged together. Never
+        raises for what a peer sent.
         """
+        acks: Acks = {}
+        unpack, header_size, direct = wire.HEADER.unpack_from, wire.HEADER_SIZE, self._direct
+        done = 0
+        try:
+            for identity, frame, body in messages:
+                done += 1
+                try:
+                    kind, flags, extent, remaining, id = unpack(frame)
+                except wire.TOO_SHORT:
+                    self.counts["bad frames"] += 1
+                    continue
+                start, size = header_size + extent, len(frame)
+                sender = self.senders.get(identity)
+                known = direct.get(frame[header_size:start])
+                # The express lane: a plain request from a known sender to a known address, with room for it.
+                # Everything else takes the long way, which looks at one thing after the other.
+                if (
+                    known is None or sender is None or flags or body is not None or not remaining or size < start
+                    or (kind != wire.REQUEST and kind != wire.CAST)
+                    or len(self.taken) >= self.messages or self.taken_bytes + size > self.size
+                ):  # fmt: skip
+                    self._receive(identity, frame, body, now, moved, acks)
+                    continue
+                sender.heard = now
+                if (news := sender.window.take(id)) is not NEW:
+                    self._duplicate(identity, sender, kind, id, news)
+                    continue
+                names, target = known
+                deadline = None if remaining == wire.NO_DEADLINE else now + remaining / 1000
+                request = Request(identity, sender, kind, 0, id, names, frame[start:], deadline, None, size, target)
+                self.taken[request] = None
+                self.taken_bytes += size
+                moved.append(request)
+                if kind == wire.REQUEST:
+                    sender.calls[id] = request
+                elif identity in acks:
+                    acks[identity][1].append(id)
+                else:
+                    acks[identity] = target, [id]
+        finally:
+            del messages[:done]
+            for identity, (target, ids) in acks.items():
+                self.outgoing.append((identity, wire.ack(ids, len(target))))
+
+    def _receive(
+        self, identity: bytes, frame: bytes, body: Body | None, now: float, moved: list[Request], acks: Acks
+    ) -> None:
         try:
             head = wire.header(frame)
             kind = head.kind
             if kind == wire.REQUEST or kind == wire.CAST:
-                self._request(identity, frame, head, body, now, moved)
+                self._request(identity, frame, head, body, now, moved, acks)
             elif kind == wire.HELLO:
                 self._hello(identity, wire.parse_hello(frame), now)
             elif kind == wire.PING:
@@ -224,11 +326,19 @@ class Inbox:
                 if len(self._windows) >= WINDOWS_KEPT:
                     del self._windows[next(iter(self._windows))]
                 window = self._windows[hello.node] = Window(self.reach, hello.first)
-            self.senders[identity] = Sender(hello.node, hello.host, window, now)
+            if known is None:
+                self.senders[identity] = Sender(hello.node, hello.host, window, now)
         self.outgoing.append((identity, wire.hello(self.answer, is_answer=True)))
 
     def _request(
-        self, identity: bytes, frame: bytes, head: wire.Header, body: Body | None, now: float, moved: list[Request]
+        self,
+        identity: bytes,
+        frame: bytes,
+        head: wire.Header,
+        body: Body | None,
+        now: float,
+        moved: list[Request],
+        acks: Acks,
     ) -> None:
         sender = self.senders.get(identity)
         if sender is None:
@@ -241,6 +351,7 @@ class Inbox:
             if names is None:
                 if len(self._addresses) >= ADDRESSES_KEPT:
                     self._addresses.clear()
+                    self._direct.clear()
                 names = self._addresses[section] = wire.split_names(section)
         except WireError as error:
             self.counts["bad frames"] += 1
@@ -263,38 +374,41 @@ class Inbox:
         elif len(self.taken) + len(targets) > self.messages or self.taken_bytes + size > self.size:
             self._refuse(identity, head.id, "full", f"{len(self.taken)} requests are taken in and not answered")
         elif (news := sender.window.take(head.id)) is not NEW:
-            self._duplicate(identity, head, news)
+            self._duplicate(identity, sender, head.kind, head.id, news)
         else:
             if body is None:
                 body = frame[start:]
             deadline = None if head.number == wire.NO_DEADLINE else now + head.number / 1000
-            if len(targets) > 1 and not head.flags & wire.FANOUT:
+            if len(targets) == 1:
+                self._direct[section] = names, targets[0]
+            elif not head.flags & wire.FANOUT:
                 targets.append(targets.pop(0))  # in turn
                 targets = targets[-1:]
             for target in targets:
                 request = Request(
-                    identity, head.kind, head.flags, head.id, sender.node, *names, body, deadline, monitor, size, target
+                    identity, sender, head.kind, head.flags, head.id, names, body, deadline, monitor, size, target
                 )
                 self.taken[request] = None
                 self.taken_bytes += size
                 moved.append(request)
             if head.kind == wire.CAST:
-                self.outgoing.append((identity, wire.ack([head.id], len(targets[0]))))
+                acks.setdefault(identity, (targets[0], []))[1].append(head.id)
             else:
-                self._calls[identity, head.id] = request
+                sender.calls[head.id] = request
                 if monitor is not None:
                     self._beats[request] = now + max(monitor / 2, SHORTEST_BEAT)
 
-    def _duplicate(self, identity: bytes, head: wire.Header, news: str) -> None:
+    def _duplicate(self, identity: bytes, sender: Sender, kind: int, id: int, news: str) -> None:
         self.counts["duplicates"] += 1
-        if head.kind == wire.CAST and news is AGAIN:
-            self.outgoing.append((identity, wire.ack([head.id])))  # it was taken; say so again
-        elif (identity, head.id) not in self._calls:
-            self._refuse(identity, head.id, "duplicate")
+        if kind == wire.CAST and news is AGAIN:
+            self.outgoing.append((identity, wire.ack([id])))  # it was taken; say so again
+        elif id not in sender.calls:
+            self._refuse(identity, id, "duplicate")
         # else: it runs, and its reply is on the way
 
     def _control(self, identity: bytes, head: wire.Header, moved: list[Request]) -> None:
-        request = self._calls.get((identity, head.id))
+        sender = self.senders.get(identity)
+        request = None if sender is None else sender.calls.get(head.id)
         if request is None:
             return  # legal (wire 3.8, 3.10): the reply and this frame met under way
         if head.kind == wire.CREDIT:
@@ -316,13 +430,13 @@ class Inbox:
 
     def finish(self, request: Request) -> bool:
         """``request`` has been dealt with: its room is free. False when that was said before."""
-        if request not in self.taken:
+        if self.taken.pop(request, request) is request:
             return False
-        del self.taken[request]
         self.taken_bytes -= request.size
-        if self._calls.get((request.identity, request.id)) is request:
-            del self._calls[request.identity, request.id]
-        self._beats.pop(request, None)
+        if request.kind == wire.REQUEST:
+            request.sender.calls.pop(request.id, None)
+            if request.monitor is not None:
+                self._beats.pop(request, None)
         return True
 
     def gone(self, identity: bytes) -> list[Request]:
@@ -331,7 +445,7 @@ class Inbox:
         if sender is None:
             return []
         sender.window.seen = sender.heard
-        orphans = [request for request in self.taken if request.identity == identity and request.kind == wire.REQUEST]
+        orphans = list(sender.calls.values())
         for request in orphans:
             self.counts["cancelled"] += not request.cancelled
             request.cancelled = True
@@ -345,6 +459,7 @@ class Inbox:
             final: everything taken is answered, so that what a caller still waits for certainly did not run.
         """
         self.draining = True
+        self._direct.clear()
         self.outgoing.extend((identity, wire.goodbye(text, final=final)) for identity in self.senders)
 
     def handle_timer(self, now: float) -> None:

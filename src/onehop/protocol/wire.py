@@ -22,6 +22,8 @@ OLDEST = 1
 HEADER = struct.Struct("<BBHIQ")
 """kind, flags, extent, number, id (wire 2)."""
 HEADER_SIZE = HEADER.size
+TOO_SHORT = struct.error
+"""What unpacking a header raises for a frame that is shorter than one."""
 _MONITOR = struct.Struct("<I")
 _HELLO = struct.Struct("<BBHIQ16s16s")
 

@@ -1,8 +1,9 @@
 """The blocking face."""
 
-from onehop.sync.client import Call, Client, Gathered, Receipt, Stream
-from onehop.sync.node import Node, ServerView
-from onehop.sync.server import Incoming, Listener, Server, Serving, current
+from onehop.faces import Gathered, Receipt, ServerView, Serving, current
+from onehop.sync.client import Call, Client, Stream
+from onehop.sync.node import Node
+from onehop.sync.server import Incoming, Listener, Server
 
 __all__ = [
     "Call",

@@ -4,41 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from onehop import handlers, payload
-from onehop.errors import CallCancelled, CallError, Rejected, SettingsError
+from onehop.errors import CallCancelled, CallError, SettingsError
+from onehop.faces import Gathered, Receipt, gathered, receipt, terms_of
+from onehop.protocol import calls as protocol
 from onehop.protocol import wire
 from onehop.protocol.calls import FAILED
-from onehop.transport.engine import Engine
-from onehop.transport.requests import Attempt, Terms
+from onehop.transport.blocking import BlockingEngine, run
+from onehop.transport.requests import Attempt, describe
 
 if TYPE_CHECKING:
     from onehop.sync.node import Node
-
-
-class Receipt(NamedTuple):
-    """What became of one receiver's copy."""
-
-    server: str
-    node: str
-    host: str
-    outcome: str
-    """``"taken"``, ``"unreachable"`` or ``"refused"``."""
-    reason: str = ""
-    seconds: float = 0.0
-
-
-class Gathered(NamedTuple):
-    """What came of asking every server. Keys are (server name, node id)."""
-
-    replies: dict[tuple[str, str], Any]
-    errors: dict[tuple[str, str], Exception]
-
-    @property
-    def missing(self) -> list[tuple[str, str]]:
-        """Who did not reply, in a stable order."""
-        return sorted(self.errors)
 
 
 class Client:
@@ -68,12 +46,6 @@ class Client:
         returns: Any = None,
         errors: Sequence[type[Exception]] = (),
     ) -> None:
-        settings = node.settings
-        for name, value in (("timeout", timeout), ("monitor", monitor)):
-            if value is not None and not value > 0:
-                raise SettingsError(f"{name} is {value!r}; it must be a number of seconds above 0")
-        if ready_timeout is not None and not ready_timeout >= 0:
-            raise SettingsError(f"ready_timeout is {ready_timeout!r}; it must be 0 or more seconds")
         self.service = service
         self.server = server
         self._node = node
@@ -83,14 +55,7 @@ class Client:
         }  # fmt: skip
         self._returns = returns
         self._errors = tuple(errors)
-        self._terms = Terms(
-            service,
-            server,
-            settings.timeout if timeout is None else timeout,
-            settings.ready_timeout if ready_timeout is None else ready_timeout,
-            monitor,
-            idempotent,
-        )
+        self._terms = terms_of(node.settings, service, self._options)
 
     def at(self, server: str) -> Client:
         """A client of the server of that name only."""
@@ -118,13 +83,12 @@ class Client:
         """
         node = self._node
         engine = node._engine or node._core()
-        attempt = engine.request(self._terms, wire.REQUEST, 0, method, payload.encode((arguments, keywords)))
-        return self._value(attempt)
+        call = engine.request(self._terms, wire.REQUEST, 0, method, payload.encode((arguments, keywords)))
+        return self._value(method, call)
 
-    def _value(self, attempt: Attempt) -> Any:
-        call = attempt.call
+    def _value(self, method: str, call: protocol.Call) -> Any:
         if call.outcome is FAILED:
-            raise handlers.rebuild(call.body, self._errors, str(attempt))
+            raise handlers.rebuild(call.body, self._errors, describe(method, self._terms, call.route))
         value = payload.decode(call.body)
         return value if self._returns is None else payload.restore(value, self._returns)
 
@@ -141,7 +105,7 @@ class Client:
         """Begin a call; its reply is fetched later. It is sent to one server and not tried at another."""
         body = payload.encode((arguments, keywords))
         engine = self._node._core()
-        return Call(self, engine, engine.request(self._terms, wire.REQUEST, 0, method, body, wait=False))
+        return Call(self, engine, run(engine.start_request(self._terms, wire.REQUEST, 0, method, body)))
 
     def stream(self, method: str, /, *arguments: Any, **keywords: Any) -> Stream:
         """Call ``method``, whose handler yields items; returns an iterator over them as they are produced.
@@ -151,7 +115,7 @@ class Client:
         """
         body = payload.encode((arguments, keywords))
         engine = self._node._core()
-        return Stream(self, engine, engine.request(self._terms, wire.REQUEST, wire.STREAM, method, body, wait=False))
+        return Stream(self, engine, run(engine.start_request(self._terms, wire.REQUEST, wire.STREAM, method, body)))
 
     def fanout(self, method: str, /, *arguments: Any, **keywords: Any) -> list[Receipt]:
         """Have ``method`` run at every server known now; returns a receipt for each, and raises for none of them."""
@@ -161,30 +125,21 @@ class Client:
         """Call ``method`` at every server known now; replies by server, and an error for each that gave none."""
         engine = self._node._core()
         body = payload.encode((arguments, keywords))
-        replies: dict[tuple[str, str], Any] = {}
-        errors: dict[tuple[str, str], Exception] = {}
-        for attempt in engine.scatter(self._terms, wire.REQUEST, 0, method, body):
-            key = (attempt.route.server, attempt.route.peer.id.hex())
-            try:
-                if attempt.error is not None:
-                    raise attempt.error
-                replies[key] = self._value(attempt)
-            except Exception as error:
-                errors[key] = error
-        return Gathered(replies, errors)
+        attempts = run(engine.scatter(self._terms, wire.REQUEST, 0, method, body))
+        return gathered(attempts, lambda attempt: self._value(method, attempt.call))
 
     def ping(self) -> list[Receipt]:
         """A sign of life from the engine of every server known now."""
-        return [_receipt(each) for each in self._node._core().scatter(self._terms, wire.PING, 0, "ping", b"")]
+        return list(map(receipt, run(self._node._core().scatter(self._terms, wire.PING, 0, "ping", b""))))
 
     def call_raw(self, method: str, body: bytes) -> bytes | memoryview:
         """:meth:`call` with bytes in and bytes out."""
         node = self._node
         engine = node._engine or node._core()
-        attempt = engine.request(self._terms, wire.REQUEST, 0, method, body)
-        if attempt.call.outcome is FAILED:
-            raise handlers.rebuild(attempt.call.body, self._errors, str(attempt))
-        reply: bytes | memoryview = attempt.call.body
+        call = engine.request(self._terms, wire.REQUEST, 0, method, body)
+        if call.outcome is FAILED:
+            raise handlers.rebuild(call.body, self._errors, describe(method, self._terms, call.route))
+        reply: bytes | memoryview = call.body
         return reply
 
     def cast_raw(self, method: str, body: bytes) -> None:
@@ -195,21 +150,10 @@ class Client:
 
     def fanout_raw(self, method: str, body: bytes) -> list[Receipt]:
         """:meth:`fanout` with bytes."""
-        return [
-            _receipt(each) for each in self._node._core().scatter(self._terms, wire.CAST, wire.FANOUT, method, body)
-        ]
+        return list(map(receipt, run(self._node._core().scatter(self._terms, wire.CAST, wire.FANOUT, method, body))))
 
     def __repr__(self) -> str:
         return f"<Client of {self._terms}>"
-
-
-def _receipt(attempt: Attempt) -> Receipt:
-    peer, error = attempt.route.peer, attempt.error
-    host = peer.record.host if peer.record is not None else ""
-    if error is None:
-        return Receipt(attempt.route.server, peer.id.hex(), host, "taken", "", attempt.seconds)
-    outcome = "refused" if isinstance(error, Rejected) else "unreachable"
-    return Receipt(attempt.route.server, peer.id.hex(), host, outcome, str(error), attempt.seconds)
 
 
 class Proxy:
@@ -230,7 +174,7 @@ class Proxy:
 class Call:
     """A call that was begun; see :meth:`Client.start`."""
 
-    def __init__(self, client: Client, engine: Engine, attempt: Attempt) -> None:
+    def __init__(self, client: Client, engine: BlockingEngine, attempt: Attempt) -> None:
         self._client = client
         self._engine = engine
         self._attempt = attempt
@@ -246,12 +190,12 @@ class Call:
     def result(self) -> Any:
         """Wait for the reply and return it; raises as :meth:`Client.call`, and CallCancelled after :meth:`cancel`."""
         try:
-            self._engine.outcome(self._attempt)
+            run(self._engine.outcome(self._attempt))
         except CallError as error:
             if self._cancelled:
                 raise CallCancelled(f"{self._attempt} was cancelled here") from error
             raise
-        return self._client._value(self._attempt)
+        return self._client._value(self._attempt.method, self._attempt.call)
 
     def cancel(self) -> bool:
         """Give the call up and tell the server; False if it had ended.
@@ -268,7 +212,7 @@ class Call:
 class Stream(Iterator[Any]):
     """The items of a streaming call, as they are produced. Closing it early tells the server to stop."""
 
-    def __init__(self, client: Client, engine: Engine, attempt: Attempt) -> None:
+    def __init__(self, client: Client, engine: BlockingEngine, attempt: Attempt) -> None:
         self._client = client
         self._engine = engine
         self._attempt = attempt
@@ -290,21 +234,21 @@ class Stream(Iterator[Any]):
         Raises:
             StopIteration: the handler ended. Otherwise as :meth:`Client.call`.
         """
-        call, link = self._attempt.call, self._attempt.link
+        call = self._attempt.call
         items = call.items
         assert items is not None
         while not items and not self._ended:
             seen = call.signs
             if items:
                 break
-            if call.outcome is not None or not link.wait(call, seen, self._attempt.patience()):
+            if call.outcome is not None or not self._wait(seen):
                 if items:
                     break
                 self._ended = True
                 self._attempt.seen = call.signs
-                self._engine.outcome(self._attempt)
+                run(self._engine.outcome(self._attempt))
                 if call.outcome is FAILED:
-                    self._client._value(self._attempt)  # raises it
+                    self._client._value(self._attempt.method, call)  # raises it
         if not items:
             raise StopIteration
         body = items.popleft()
@@ -314,6 +258,10 @@ class Stream(Iterator[Any]):
             self._read = 0
         value = payload.decode(body)
         return value if self._client._returns is None else payload.restore(value, self._client._returns)
+
+    def _wait(self, seen: int) -> bool:
+        attempt = self._attempt
+        return run(self._engine.wait(attempt.link, attempt.call, seen, attempt.patience()))
 
     def close(self) -> None:
         """Stop reading; the server is told, unless it has ended. May be called twice."""

@@ -14,45 +14,20 @@ import weakref
 from collections.abc import Callable, Sequence
 from time import monotonic
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Self
 
-from onehop.errors import NodeClosed, SettingsError, WireError
-from onehop.interfaces import Record, Registry
-from onehop.protocol import wire
-from onehop.registry import open_registry
-from onehop.registry.local import LocalRegistry
+from onehop.errors import NodeClosed, SettingsError
+from onehop.faces import Gathered, Network, Receipt, ServerView, checked_name, parts_of, servers_of, told
+from onehop.interfaces import Record
 from onehop.settings import Settings, from_environment, revise
 from onehop.statistics import RELEASE, Statistics
-from onehop.sync.client import Client, Gathered, Receipt, Stream
+from onehop.sync.client import Client, Stream
 from onehop.sync.server import Listener, Server
-from onehop.transport.carrier import Carrier
-from onehop.transport.engine import Engine
-from onehop.transport.sockets import ZmqCarrier
+from onehop.transport.blocking import BlockingEngine, run
 
 _nodes: weakref.WeakSet[Node] = weakref.WeakSet()
-_inherited_engines: list[Engine] = []
+_inherited_engines: list[BlockingEngine] = []
 """Of a forked child: the parent's engines, kept so that nothing of theirs is closed from here."""
-
-
-class ServerView(NamedTuple):
-    """One server of a service, as the registry tells it."""
-
-    service: str
-    server: str
-    node: str
-    host: str
-    pid: int
-    state: str
-    local: bool
-
-
-class Network(Protocol):
-    """What carries messages in the place of ZeroMQ, with a registry of its own: ``onehop.testing.memory.Network``."""
-
-    @property
-    def carrier(self) -> Carrier: ...
-    def registry(self) -> Registry: ...
-    def endpoint(self, node: bytes) -> str: ...
 
 
 class Node:
@@ -71,7 +46,7 @@ class Node:
     def __init__(self, settings: Settings | None = None, *, network: Network | None = None, **overrides: Any) -> None:
         self.settings = from_environment(**overrides) if settings is None else revise(settings, **overrides)
         self._network = network
-        self._engine: Engine | None = None
+        self._engine: BlockingEngine | None = None
         self._closed = False
         self._servers: weakref.WeakSet[Server | Listener] = weakref.WeakSet()
         self._clients: dict[str, Client] = {}
@@ -79,7 +54,7 @@ class Node:
         self._starting = threading.Lock()
         _nodes.add(self)
 
-    def _core(self) -> Engine:
+    def _core(self) -> BlockingEngine:
         """The engine, made at the first use."""
         engine = self._engine
         if engine is not None:
@@ -88,26 +63,12 @@ class Node:
             if self._closed:
                 raise NodeClosed("this node was closed; make a new one")
             if self._engine is None:
-                engine = self._make()
+                engine = BlockingEngine(self.settings, *parts_of(self.settings, self._network), RELEASE)
                 for callback in self._callbacks:
                     engine.on_change(callback)
                 engine.start()
                 self._engine = engine
             return self._engine
-
-    def _make(self) -> Engine:
-        if self._network is not None:
-            network = self._network
-            return Engine(self.settings, network.carrier, network.registry(), network.endpoint, RELEASE)
-        registry = open_registry(self.settings.registry, self.settings)
-        local = registry if isinstance(registry, LocalRegistry) else LocalRegistry(self.settings)
-
-        def endpoint(node: bytes) -> str:
-            # Half of the id: a socket's path has 107 bytes at most, and 64 random bits do not meet by chance.
-            return f"ipc://{local.prepare()}/{node.hex()[:16]}.sock"
-
-        carrier = ZmqCarrier(0o660 if self.settings.group else 0o600)
-        return Engine(self.settings, carrier, registry, endpoint, RELEASE)
 
     # Serving --------------------------------------------------------------------------------------
 
@@ -122,7 +83,7 @@ class Node:
         Raises:
             SettingsError, RegistryError, ResourceLimit, NodeClosed: it cannot be offered; says what to change.
         """
-        return Server(self, _checked_name(service, server), server or self.settings.host_name, handler, workers)
+        return Server(self, checked_name(service, server), server or self.settings.host_name, handler, workers)
 
     def listen(self, service: str | Sequence[str], *, server: str = "") -> Listener:
         """Offer ``service`` (or several as one) without handlers: the caller polls for requests and answers them.
@@ -131,13 +92,13 @@ class Node:
             server: the name of this instance; the host's name where empty.
         """
         names = (service,) if isinstance(service, str) else tuple(service)
-        return Listener(self, tuple(_checked_name(name, server) for name in names), server or self.settings.host_name)
+        return Listener(self, tuple(checked_name(name, server) for name in names), server or self.settings.host_name)
 
     # Calling --------------------------------------------------------------------------------------
 
     def client(self, service: str, **options: Any) -> Client:
         """A client of ``service``; ``options`` as in :meth:`Client.options`. Cheap, and safe to share among threads."""
-        return Client(self, _checked_name(service, options.get("server", "")), **options)
+        return Client(self, checked_name(service, options.get("server", "")), **options)
 
     def _client(self, service: str) -> Client:
         client = self._clients.get(service)
@@ -178,13 +139,7 @@ class Node:
     def servers(self, service: str | None = None) -> list[ServerView]:
         """The servers known now, of one service or of all."""
         own = self._core().protocol.id.hex()
-        return [
-            ServerView(name, server, record.node, record.host, record.pid, record.state, record.node == own)
-            for record in self.nodes()
-            for name, servers in sorted(record.services.items())
-            if service is None or name == service
-            for server in servers
-        ]
+        return servers_of(self.nodes(), service, own)
 
     def wait_for(self, service: str, *, server: str = "", count: int = 1, timeout: float | None = None) -> bool:
         """Wait until at least ``count`` servers offer ``service`` (under the name ``server``, where given).
@@ -197,7 +152,7 @@ class Node:
         """
         engine = self._core()
         until = monotonic() + (self.settings.timeout if timeout is None else timeout)
-        return engine.wait_for(lambda: len(engine.protocol.routes.of(service, server)) >= count, until)
+        return run(engine.wait_for(lambda: len(engine.protocol.routes.of(service, server)) >= count, until))
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called after each change of what is known of other nodes; it must be quick."""
@@ -222,13 +177,7 @@ class Node:
         engine = self._engine
         if engine is None:
             return f"<Node {self.settings.host_name}: {'closed' if self._closed else 'not used yet'}>"
-        now = engine.statistics()
-        ready = sum(peer.state == "ready" for peer in now.peers)
-        flight = sum(peer.in_flight for peer in now.peers)
-        return (
-            f"<Node {now.node[:8]} on {now.host}: {len(now.peers)} peers ({ready} ready) | "
-            f"{flight} requests under way, {now.taken} taken>"
-        )
+        return f"<Node {told(engine)}>"
 
     def run(self) -> bool:
         """Serve until SIGTERM or SIGINT comes, or :meth:`close`; then drain and close. For the main thread.
@@ -269,7 +218,7 @@ class Node:
         """
         if self._engine is None:
             return True
-        return self._engine.drain(timeout)
+        return run(self._engine.drain(timeout))
 
     def close(self, *, drain: bool = False) -> None:
         """End everything now, or after a :meth:`drain`. A closed node stays closed. May be called twice.
@@ -317,13 +266,3 @@ def _close_nodes() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _checked_name(service: str, server: str = "") -> str:
-    if not isinstance(service, str) or not service:
-        raise SettingsError(f"service is {service!r}; it must be a name, such as 'clock'")
-    try:
-        wire.names(service, server, "")
-    except WireError as error:
-        raise SettingsError(str(error)) from None
-    return service

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextvars import ContextVar
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from onehop import handlers, payload
+from onehop import handlers
 from onehop.errors import EncodeError, SettingsError, TooLarge
+from onehop.faces import arguments_of, fitting
 from onehop.protocol import wire
 from onehop.protocol.inbox import Request
-from onehop.transport.engine import Engine, inherited
+from onehop.transport.blocking import BlockingEngine, run
+from onehop.transport.engine import Engine
 from onehop.transport.inbound import Queue
+from onehop.transport.requests import serving
 from onehop.transport.waiting import acquire, new_lock
 
 if TYPE_CHECKING:
@@ -25,36 +27,6 @@ log = logging.getLogger("onehop")
 SIGN_INTERVAL = 1.0
 """Seconds between signs of life to the reader of a stream that asks for no more items."""
 
-_running: ContextVar[Request | None] = ContextVar("onehop_running", default=None)
-
-
-class Serving(NamedTuple):
-    """The request that the running handler serves; see :func:`current`."""
-
-    service: str
-    server: str
-    method: str
-    sender: str
-    """The node id of the caller, in hexadecimal."""
-    request: Request
-
-    def remaining(self) -> float | None:
-        """Seconds until the caller gives up; None for never."""
-        return None if self.request.deadline is None else self.request.deadline - monotonic()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the caller gave up or is gone."""
-        return self.request.cancelled
-
-
-def current() -> Serving | None:
-    """The request that the calling handler serves; None outside of one."""
-    request = _running.get()
-    if request is None:
-        return None
-    return Serving(request.service, request.server, request.method, request.node.hex(), request)
-
 
 class Server:
     """One instance of a service, run in threads. Made by :meth:`Node.serve`."""
@@ -64,32 +36,30 @@ class Server:
         self.name = name
         self._node = node
         self._methods = handlers.methods_of(handler)
-        self._engine: Engine | None = node._core()
+        self._engine: BlockingEngine | None = node._core()
         if workers is not None and workers < 1:
             raise SettingsError(f"workers is {workers!r}; it must be 1 or more")
         inline = frozenset(name for name, method in self._methods.items() if method.inline)
         idempotent = tuple(name for name, method in self._methods.items() if method.idempotent)
-        self._queue = Queue(self._run, workers or node.settings.workers, inline)
+        self._queue = Queue(self._run, workers or node.settings.workers, self._methods, inline)
         self._engine.offer(service, name, self._queue, idempotent, receiver=True)
         node._servers.add(self)
 
     def _run(self, request: Request) -> None:
         """Run one request, in a worker (or inline)."""
-        engine = self._engine
-        if engine is None or engine.inbound is None:
+        engine, inbound = self._engine, self._queue.inbound
+        if engine is None:
             return
-        inbound = engine.inbound
-        if engine.expired(request):
+        if request.cancelled or (request.deadline is not None and request.deadline <= monotonic()):
             inbound.refuse(request, "expired")
             return
-        inherited_token = inherited.set(request.deadline)
-        running_token = _running.set(request)
+        token = serving.set(request)
         frame: wire.Frame | None
         try:
-            method = self._methods.get(request.method)
+            method = self._methods.get(request.names[2])
             if method is None:
                 raise handlers.Missing(f"it has {', '.join(sorted(self._methods))}")
-            arguments, keywords = _arguments(request.body)
+            arguments, keywords = arguments_of(request.body)
             result = method.invoke(arguments, keywords)
             if request.flags & wire.STREAM:
                 frame = wire.answer(wire.REPLY, wire.STREAM, request.id, b"\xc0")
@@ -98,7 +68,7 @@ class Server:
             else:
                 if hasattr(result, "__next__"):
                     result = list(result)
-                frame = wire.answer(wire.REPLY, 0, request.id, _fitting(engine, result), len(self._queue))
+                frame = wire.answer(wire.REPLY, 0, request.id, fitting(result, engine.settings), len(self._queue))
         except BaseException as error:  # SystemExit too: it is the handler's doing, and its caller waits
             frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(self._queue))
             if request.kind == wire.CAST:
@@ -106,9 +76,8 @@ class Server:
                 log.exception("the handler of cast %r of service %r raised", request.method, self.service)
                 inbound.counts["casts whose handler raised"] += 1
         finally:
-            _running.reset(running_token)
-            inherited.reset(inherited_token)
-        inbound.answer(request, frame if request.kind == wire.REQUEST else None)
+            serving.reset(token)
+        inbound.put(request, frame if request.kind == wire.REQUEST else None)
 
     def _write(self, engine: Engine, request: Request, result: Any) -> bool:
         """Send the items of a stream, never more of them than its reader asked for; whether all were sent."""
@@ -121,7 +90,7 @@ class Server:
         items = iter(result)
         try:
             for sent, item in enumerate(items):
-                body = _fitting(engine, item)
+                body = fitting(item, engine.settings)
                 while request.granted <= sent:
                     if engine.expired(request) or engine.closed:
                         return False
@@ -145,7 +114,7 @@ class Server:
     def drain(self, timeout: float | None = None) -> bool:
         """Withdraw this instance and finish what it has taken; whether that was done within ``timeout`` seconds."""
         engine = self._engine
-        return engine is None or engine.drain(timeout, self._queue)
+        return engine is None or run(engine.drain(timeout, self._queue))
 
     def close(self) -> None:
         """Withdraw this instance; what it has taken is still finished in the background. May be called twice."""
@@ -163,20 +132,6 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _arguments(body: bytes | memoryview) -> tuple[list[Any], dict[str, Any]]:
-    value = payload.decode(body)
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and isinstance(value[1], dict):
-        return value[0], value[1]
-    raise handlers.Misfit("the body is not a pair of arguments and keywords")
-
-
-def _fitting(engine: Engine, value: Any) -> bytes:
-    body = payload.encode(value)
-    if len(body) > engine.settings.max_message:
-        raise TooLarge(f"the result has {len(body)} bytes; max_message allows {engine.settings.max_message}")
-    return body
 
 
 class Incoming:

@@ -162,12 +162,10 @@ class EngineLink:
         engine = self.engine
         if engine.dead or self.ended is not None:
             return
-        kind = frame[0]
-        engine.trace.step(kind, engine.index, -1 - self.socket.opened_to, int.from_bytes(frame[8:16], "little"))
+        engine.trace.step(frame[0], engine.index, -1 - self.socket.opened_to, int.from_bytes(frame[8:16], "little"))
         try:
-            if kind >= wire.FIRST_FOR_CALLS:
-                moved: list[Call] = []
-                self.calls.receive(frame, body, moved)
+            moved: list[Call] = []
+            if self.calls.receive(frame, body, moved):
                 for call in moved:
                     if call.waiter is not None:
                         call.waiter.resume()

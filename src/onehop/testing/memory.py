@@ -100,16 +100,16 @@ class _MemoryLink(LinkSocket):
             inbound.edge.signal()
         return True
 
-    def receive(self) -> tuple[bytes, Body | None] | None:
-        with self._connection.lock:
-            return self._connection.to_client.popleft() if self._connection.to_client else None
-
-    def readable(self) -> bool:
+    def drain(self, limit: int, into: list[tuple[bytes, Body | None]]) -> bool:
         connection = self._connection
         with connection.lock:
-            if not connection.to_client:
-                connection.client_edge.arm()
-            return bool(connection.to_client)
+            while connection.to_client:
+                if limit <= 0:
+                    return True
+                limit -= 1
+                into.append(connection.to_client.popleft())
+            connection.client_edge.arm()
+        return False
 
     def ended(self) -> str | None:
         with self._connection.lock:
@@ -145,19 +145,17 @@ class _MemoryInbound(InboundSocket):
             connection.client_edge.signal()
         return True
 
-    def receive(self) -> tuple[bytes, bytes, Body | None] | None:
+    def drain(self, limit: int, into: list[tuple[bytes, bytes, Body | None]]) -> bool:
         with self._lock:
             while self.messages:
+                if limit <= 0:
+                    return True
+                limit -= 1
                 connection, (head, body) = self.messages.popleft()
                 connection.under_way -= 1
-                return connection.identity, head, body
-        return None
-
-    def readable(self) -> bool:
-        with self._lock:
-            if not self.messages:
-                self.edge.arm()
-            return bool(self.messages)
+                into.append((connection.identity, head, body))
+            self.edge.arm()
+        return False
 
     def close(self, linger: float) -> None:
         with self._lock:

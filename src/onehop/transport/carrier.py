@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from onehop.protocol.inbox import Message
 from onehop.protocol.wire import Body, Frame
 
 
@@ -20,18 +21,19 @@ class LinkSocket(Protocol):
 
     fd: int
     """Becomes readable when something may have arrived since a look that found nothing. An edge, not a level: poll
-    it only after :meth:`readable` said no."""
+    it only after :meth:`drain` ran dry."""
     monitor_fd: int
     """Becomes readable when :meth:`ended` may have news; an edge too."""
 
     def send(self, frame: Frame) -> bool:
         """Hand ``frame`` over; False when there is no room (or no connection) at the moment."""
 
-    def receive(self) -> tuple[bytes, Body | None] | None:
-        """The next message as (frame, large body or None); None when there is none. Never waits."""
+    def drain(self, limit: int, into: list[tuple[bytes, Body | None]]) -> bool:
+        """Append the messages that are there, as (frame, large body or None), at most ``limit``. Never waits.
 
-    def readable(self) -> bool:
-        """Whether a message is there."""
+        Returns:
+            False when it ran dry: nothing is left. True when the limit came first.
+        """
 
     def ended(self) -> str | None:
         """Why the connection ended or could not be made; None while it is being made or stands."""
@@ -53,11 +55,12 @@ class InboundSocket(Protocol):
             Unreachable: the connection has ended.
         """
 
-    def receive(self) -> tuple[bytes, bytes, Body | None] | None:
-        """The next message as (identity, frame, large body or None); None when there is none. Never waits."""
+    def drain(self, limit: int, into: list[Message]) -> bool:
+        """Append the messages that are there, as (identity, frame, large body or None), at most ``limit``.
 
-    def readable(self) -> bool:
-        """Whether a message is there."""
+        Returns:
+            False when it ran dry: nothing is left. True when the limit came first.
+        """
 
     def close(self, linger: float) -> None:
         """Give it back, letting what was handed over leave for up to ``linger`` seconds."""

@@ -1,7 +1,10 @@
-"""The engine of one node in one process: links out, the inbound socket, the registry's view, and a thread for the cold.
+"""The engine of one node in one process: links out, the inbound socket, the registry's view.
 
 Made at first use, dropped (not closed) in a forked child. What it decides it asks of ``protocol/``; what it does not
-decide here is how to wait: that is ``link.py`` and ``inbound.py``.
+decide is how to wait: ``blocking.py`` waits in the caller's thread, ``loop.py`` in an asyncio loop. So that the story
+of a request is told once, whatever waits here is a coroutine. In threads its waits wait in place and it never suspends:
+it is through after one step (:func:`onehop.transport.blocking.run`). The ordinary request needs none of that; see
+:meth:`Engine.begin`.
 
 Locks, in the order in which they may be taken: ``_announcing``, ``lock`` (this node's table of peers, links and
 routes), a link's or the inbound socket's own. Nobody waits for the network while holding ``lock``.
@@ -12,16 +15,16 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from time import monotonic
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from onehop import errors
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
-from onehop.protocol.calls import LOST, REJECTED, REPLIED, Call
+from onehop.protocol.calls import LOST, REJECTED, REPLIED, Call, CallTable
 from onehop.protocol.inbox import Inbox, Request
 from onehop.protocol.node import NodeProtocol
 from onehop.protocol.peers import Peer
@@ -29,16 +32,13 @@ from onehop.protocol.routes import Route, Routes, choose
 from onehop.protocol.wire import Body
 from onehop.settings import Settings
 from onehop.statistics import Statistics, of_peer
-from onehop.transport.carrier import Carrier
-from onehop.transport.inbound import FOREVER, Inbound, Queue
+from onehop.transport.carrier import Carrier, LinkSocket
+from onehop.transport.inbound import Inbound, Queue
 from onehop.transport.link import Link
-from onehop.transport.requests import Attempt, Terms, name_of
-from onehop.transport.waiting import Wake, acquire, poll, start_thread
+from onehop.transport.requests import Attempt, Terms, name_of, serving
+from onehop.transport.waiting import Wake
 
 log = logging.getLogger("onehop")
-
-inherited: ContextVar[float | None] = ContextVar("onehop_deadline", default=None)
-"""The deadline of the request that the running handler serves; calls made in it end no later."""
 
 HANDSHAKE = 5.0
 """Seconds a peer has to answer a hello."""
@@ -62,7 +62,7 @@ class Offer(NamedTuple):
     idempotent: tuple[str, ...]
 
 
-class Engine:
+class Engine(ABC):
     """See the module.
 
     Args:
@@ -104,7 +104,6 @@ class Engine:
         self._ended_links: list[Link] = []
         self._listeners: list[Callable[[], None]] = []
         self._wake = Wake()
-        self._keeper: threading.Thread | None = None
         self._looked = 0.0
         self._draining = False
 
@@ -134,22 +133,43 @@ class Engine:
         with self.lock:
             self._listeners.append(listener)
 
-    def wait_for(self, condition: Callable[[], bool], until: float) -> bool:
-        """Wait until ``condition`` (asked after each change of the view) holds; False when ``until`` came first."""
-        if condition():
-            return True
-        self.registry.refresh()
-        with self.changed:
-            while not condition():
-                left = until - monotonic()
-                if left <= 0 or self.closed:
-                    return condition()
-                self.changed.wait(min(left, 60.0))
-        return True
+    # How to wait ----------------------------------------------------------------------------------
 
-    def _wait_for_change(self, routes: Routes, until: float) -> None:
+    @abstractmethod
+    def _new_link(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> Link:
+        """A link whose calls are waited for in this engine's way."""
+
+    @abstractmethod
+    async def wait(self, link: Link, call: Call, seen: int, until: float) -> bool:
+        """Wait until ``call`` has an outcome or a sign beyond ``seen``; False when ``until`` came first."""
+
+    @abstractmethod
+    async def wait_for(self, condition: Callable[[], bool], until: float) -> bool:
+        """Wait until ``condition`` (asked after each change of the view) holds; False when ``until`` came first."""
+
+    @abstractmethod
+    async def _sleep(self, seconds: float) -> None:
+        """Let a moment pass."""
+
+    @abstractmethod
+    async def _refresh(self) -> None:
+        """Have the registry look whether something changed."""
+
+    @abstractmethod
+    def _receive(self, inbound: Inbound) -> None:
+        """See that somebody leads at the inbound socket from now on."""
+
+    @abstractmethod
+    def _keep(self) -> None:
+        """See that somebody keeps house, and does it now."""
+
+    @abstractmethod
+    def _stop_keeping(self) -> None:
+        """Nobody keeps house any more."""
+
+    async def _wait_for_change(self, routes: Routes, until: float) -> None:
         """Wait until ``routes`` is not the picture any more."""
-        self.wait_for(lambda: self.protocol.routes is not routes, until)
+        await self.wait_for(lambda: self.protocol.routes is not routes, until)
 
     # Links ----------------------------------------------------------------------------------------
 
@@ -176,20 +196,20 @@ class Engine:
                 if isinstance(error, errors.ResourceLimit):
                     raise
                 raise errors.PeerLost(f"{name_of(peer)}: {error}", executed="no") from error
-            link = peer.link = Link(socket, peer.calls, lambda link, frame: self._control(peer, link, frame))
+            link = peer.link = self._new_link(socket, peer.calls, lambda link, frame: self._control(peer, link, frame))
             self._links[peer.id] = link
         link.post(link.hello, hello)
         self._keep()
         return link
 
-    def _connect(self, peer: Peer, until: float) -> Link:
+    async def _connect(self, peer: Peer, until: float) -> Link:
         """The ready link to ``peer``.
 
         Raises:
             PeerLost, CallTimeout: it did not become ready; nothing was sent.
         """
         link = self._begin_link(peer)
-        self._await_hello(link, until)
+        await self._await_hello(link, until)
         if link.hello.outcome == REPLIED:
             return link
         if link.hello.outcome is None and monotonic() >= until:
@@ -200,14 +220,10 @@ class Engine:
         self._lost(peer, link, why)
         raise errors.PeerLost(f"no connection to {name_of(peer)}: {link.error or why}", executed="no") from link.error
 
-    def _await_hello(self, link: Link, until: float) -> bool:
+    async def _await_hello(self, link: Link, until: float) -> bool:
         """Wait until the hello has an outcome, for as long as a peer has to answer it; whether it has."""
-        until = min(until, link.began + HANDSHAKE)
-        if link.hello.outcome is None and acquire(link.opening, until - monotonic()):
-            try:
-                link.wait(link.hello, 0, until)
-            finally:
-                link.opening.release()
+        if link.hello.outcome is None:
+            await self.wait(link, link.hello, 0, min(until, link.began + HANDSHAKE))
         return link.hello.outcome is not None
 
     def _control(self, peer: Peer, link: Link, frame: bytes) -> None:
@@ -242,81 +258,142 @@ class Engine:
 
     # Requests -------------------------------------------------------------------------------------
 
-    def request(self, terms: Terms, kind: int, flags: int, method: str, body: Body, *, wait: bool = True) -> Attempt:
-        """Send a request to one server and (with ``wait``) wait for its outcome.
+    def begin(
+        self, terms: Terms, kind: int, flags: int, method: str, body: Body
+    ) -> tuple[Any, Call, wire.Frame] | Attempt:
+        """Begin a request: the first step, which does not wait.
+
+        Returns:
+            Where nothing is out of the ordinary, a registered call and the frame to be sent over a ready link. Else
+            an attempt, for :meth:`carry_through`.
+
+        Raises:
+            NodeClosed, TooLarge: it cannot be sent at all.
+        """
+        size = len(body)
+        if self.closed or size > self.settings.max_message:
+            self._refuse(terms, method, size)
+        remaining, now = terms.timeout, monotonic()
+        request = serving.get()
+        if request is not None and request.deadline is not None and request.deadline < now + remaining:
+            remaining = request.deadline - now  # a call made in a handler ends no later than what it serves
+        route = None
+        routes = self.protocol.routes.of(terms.service, terms.server)
+        if routes:
+            route = routes[0] if len(routes) == 1 else choose(routes, next(terms.turns))
+            link: Link | None = route.peer.link
+            if link is not None and link.ready and terms.monitor is None and not link.calls.full(size):
+                call = Call(kind, now + remaining, size)
+                call.route = route
+                if flags & wire.STREAM:
+                    call.items = deque()
+                section = terms.sections.get((route.server, method)) or terms.section(route.server, method)
+                id = link.calls.begin(call)
+                frame = wire.request(kind, flags, id, remaining, None, section, body)
+                if link.ended is None or not link.calls.give_up(call):
+                    return link, call, frame
+        attempt = Attempt(terms, method, now + remaining, now)
+        attempt.chosen = route
+        return attempt
+
+    def attempt(self, terms: Terms, method: str, link: Link, call: Call) -> Attempt:
+        """What :meth:`begin` began, for a closer look."""
+        attempt = Attempt(terms, method, call.deadline, call.deadline - terms.timeout)
+        attempt.take(call.route, link, call)
+        return attempt
+
+    async def start_request(self, terms: Terms, kind: int, flags: int, method: str, body: Body) -> Attempt:
+        """Send a request to one server, and leave its outcome to :meth:`outcome`; it is not tried at another.
+
+        Raises:
+            NoRoute, Rejected, CallTimeout, PeerLost, TooLarge: it could not be sent.
+        """
+        begun = self.begin(terms, kind, flags, method, body)
+        if type(begun) is tuple:
+            link, call, frame = begun
+            link.post(call, frame)
+            return self.attempt(terms, method, link, call)
+        assert isinstance(begun, Attempt)
+        await self._send(begun, kind, flags, body)
+        return begun
+
+    async def carry_through(
+        self, attempt: Attempt, kind: int, flags: int, body: Body, *, under_way: bool = False
+    ) -> Call:
+        """See a request through to its outcome: REPLIED, FAILED or TAKEN.
 
         Tries another server where one certainly did not run it, and (for idempotent methods) where it is unknown,
         inside the deadline.
 
-        Returns:
-            The attempt that came through. Its call's outcome is REPLIED, FAILED or TAKEN; without ``wait`` it may
-            still be under way, and :meth:`outcome` waits for it.
+        Args:
+            under_way: whether its call has been sent (and waited for) already.
 
         Raises:
             NoRoute, Rejected, CallTimeout, PeerLost, TooLarge: as their docstrings say.
         """
-        attempt = Attempt(terms, method, self._check(terms, method, body))
-        monitor = terms.monitor if kind == wire.REQUEST else None
         while True:
-            routes = self.protocol.routes.of(terms.service, terms.server)
-            if routes and not attempt.tried:
-                route = choose(routes, next(terms.turns))
-            else:
-                route = self._find(attempt)
-            attempt.route, attempt.record = route, route.peer.record
-            link: Link = route.peer.link
-            if link is None or not link.ready:
-                try:
-                    link = self._connect(route.peer, attempt.until)
-                except (errors.PeerLost, errors.CallTimeout) as failure:
-                    self._again(attempt, failure)
-                    continue
-            call = attempt.call = Call(kind, attempt.until, len(body))
-            attempt.link = link
-            if flags & wire.STREAM:
-                call.items = deque()
-            if link.calls.full(len(body)):
-                self._fail(attempt, attempt.window_full())
-            section = terms.section(route.server, method)
-            id = link.calls.begin(call)
-            frame = wire.request(kind, flags, id, attempt.until - monotonic(), monitor, section, body)
-            if link.ended is not None and link.calls.give_up(call):
-                self._again(attempt, attempt.not_sent())
-                continue
-            if not wait:
-                link.post(call, frame)
-                return attempt
+            if not under_way:
+                await self._send(attempt, kind, flags, body)
+            under_way = False
             try:
-                if monitor is None:
-                    link.exchange(call, frame, attempt.until)
-                else:
-                    attempt.seen = 0
-                    link.exchange(call, frame, min(attempt.until, monotonic() + monitor))
-                self.outcome(attempt)
+                await self.outcome(attempt)
             except errors.CallTimeout:
                 raise
             except errors.CallError as error:
                 self._again(attempt, error)
                 continue
             except BaseException:
-                self.cancel(link, call)
+                self.cancel(attempt.link, attempt.call)
                 raise
-            return attempt
+            return attempt.call
 
-    def _check(self, terms: Terms, method: str, body: Body) -> float:
-        """The deadline of a request that begins now."""
+    async def _send(self, attempt: Attempt, kind: int, flags: int, body: Body) -> None:
+        """Send a request to the next server that can be reached; does not wait for its outcome."""
+        while True:
+            route, attempt.chosen = attempt.chosen or await self._find(attempt), None
+            try:
+                await self._send_to(route, attempt, kind, flags, body)
+                return
+            except (errors.PeerLost, errors.CallTimeout) as failure:
+                self._again(attempt, failure)
+
+    async def _send_to(self, route: Route, attempt: Attempt, kind: int, flags: int, body: Body) -> None:
+        """Connect to one server, where that is needed, and send.
+
+        Raises:
+            PeerLost, CallTimeout, Rejected: it was not sent.
+        """
+        terms = attempt.terms
+        attempt.route, attempt.record = route, route.peer.record
+        link: Link | None = route.peer.link
+        if link is None or not link.ready:
+            link = await self._connect(route.peer, attempt.until)
+        call = Call(kind, attempt.until, len(body))
+        attempt.take(route, link, call)
+        if flags & wire.STREAM:
+            call.items = deque()
+        if link.calls.full(len(body)):
+            self._fail(attempt, attempt.window_full())
+        section = terms.section(route.server, attempt.method)
+        monitor = terms.monitor if kind == wire.REQUEST else None
+        id = link.calls.begin(call)
+        if kind == wire.PING:
+            frame: wire.Frame = wire.pack(wire.PING, id=id)
+        else:
+            frame = wire.request(kind, flags, id, attempt.until - monotonic(), monitor, section, body)
+        if link.ended is not None and link.calls.give_up(call):
+            raise attempt.not_sent()
+        link.post(call, frame)
+
+    def _refuse(self, terms: Terms, method: str, size: int) -> NoReturn:
         if self.closed:
             raise errors.NodeClosed("this node is closed; make a new one")
-        if len(body) > self.settings.max_message:
-            raise errors.TooLarge(
-                f"{method!r} of {terms} with {len(body)} bytes; max_message allows {self.settings.max_message}. "
-                "Send less at a time (stream), or raise the setting on both sides"
-            )
-        until = monotonic() + terms.timeout
-        given = inherited.get()
-        return until if given is None or given > until else given
+        raise errors.TooLarge(
+            f"{method!r} of {terms} with {size} bytes; max_message allows {self.settings.max_message}. "
+            "Send less at a time (stream), or raise the setting on both sides"
+        )
 
-    def outcome(self, attempt: Attempt) -> None:
+    async def outcome(self, attempt: Attempt) -> None:
         """Wait until the call of ``attempt`` has ended well: REPLIED, FAILED or TAKEN.
 
         Raises:
@@ -326,23 +403,20 @@ class Engine:
         link, call = attempt.link, attempt.call
         monitor = attempt.terms.monitor if call.kind == wire.REQUEST else None
         if call.outcome is None:
-            until = attempt.until
-            if monitor is None:
-                while call.outcome is None and link.wait(call, call.signs, until):
-                    pass
-            while monitor is not None and call.outcome is None and call.signs != attempt.seen:
+            while call.outcome is None and call.signs != attempt.seen:
                 attempt.seen = call.signs
-                link.wait(call, attempt.seen, min(until, monotonic() + monitor))
+                until = attempt.until if monitor is None else min(attempt.until, monotonic() + monitor)
+                await self.wait(link, call, attempt.seen, until)
             if call.outcome is None and self.cancel(link, call):
                 self._fail(attempt, attempt.timed_out())
             while call.outcome is None:  # another thread took it out of the table and is writing the outcome
-                link.wait(call, call.signs, monotonic() + 0.001)
+                await self.wait(link, call, call.signs, monotonic() + 0.001)
         if call.outcome == REJECTED or call.outcome == LOST:
             if call.outcome == REJECTED and call.body[0] == "hello first":
                 self._lost(attempt.route.peer, link, "it does not know this connection any more")
             raise attempt.failure()
 
-    def _find(self, attempt: Attempt) -> Route:
+    async def _find(self, attempt: Attempt) -> Route:
         """A route to try (again), waiting for one if the terms allow.
 
         Raises:
@@ -362,10 +436,10 @@ class Engine:
                 self._fail(attempt, error)
             if tried:
                 # Each has been tried once. Another round after a pause, or when the view changes.
-                self._wait_for_change(self.protocol.routes, min(ready, monotonic() + attempt.pause))
+                await self._wait_for_change(self.protocol.routes, min(ready, monotonic() + attempt.pause))
                 attempt.pause *= 2
                 tried.clear()
-            elif not self.wait_for(lambda: bool(self.protocol.routes.of(terms.service, terms.server)), ready):
+            elif not await self.wait_for(lambda: bool(self.protocol.routes.of(terms.service, terms.server)), ready):
                 if self.closed:
                     raise errors.NodeClosed("this node was closed while a request waited for a server")
                 self._fail(attempt, attempt.no_route(self.protocol.routes, self.settings, ready))
@@ -407,65 +481,51 @@ class Engine:
         call.outcome = LOST
         link.tell([call])
 
-    def scatter(self, terms: Terms, kind: int, flags: int, method: str, body: Body) -> list[Attempt]:
+    async def scatter(self, terms: Terms, kind: int, flags: int, method: str, body: Body) -> list[Attempt]:
         """Send a request to every server known now, and wait for each one's outcome.
 
         Never raises for one of them: an attempt that did not end well holds its ``error``.
         """
-        until = self._check(terms, method, body)
-        self.registry.refresh()
+        if self.closed or len(body) > self.settings.max_message:
+            self._refuse(terms, method, len(body))
+        now = monotonic()
+        until = now + terms.timeout
+        request = serving.get()
+        if request is not None and request.deadline is not None:
+            until = min(until, request.deadline)
+        await self._refresh()
         with self.lock:
             self.protocol.rouse()
-        everyone = []
+        everyone, waiting = [], []
         for route in self.protocol.routes.distinct(terms.service, terms.server):
-            attempt = Attempt(terms, method, until)
+            attempt = Attempt(terms, method, until, now)
             attempt.route = route
             everyone.append(attempt)
             try:  # all connections begin before any is waited for
                 attempt.link = self._begin_link(route.peer)
+                waiting.append(attempt)
             except (errors.CallError, errors.ResourceLimit) as error:
                 attempt.error = error if isinstance(error, errors.CallError) else errors.NoRoute(str(error))
-        waiting = [attempt for attempt in everyone if attempt.error is None]
         while waiting:  # each is sent to as soon as it is ready: a silent one holds up nobody
             silent = []
             for attempt in waiting:
-                now = monotonic()
-                if not self._await_hello(attempt.link, now + BRIEF) and now < min(
-                    until, attempt.link.began + HANDSHAKE
-                ):
+                now, link = monotonic(), attempt.link
+                if not await self._await_hello(link, now + BRIEF) and now < min(until, link.began + HANDSHAKE):
                     silent.append(attempt)
                     continue
                 try:
-                    self._post_to(attempt, kind, flags, body)
+                    await self._send_to(attempt.route, attempt, kind, flags, body)
                 except errors.CallError as error:
                     attempt.error = error
             waiting = silent
         for attempt in everyone:
             if attempt.error is None:
                 try:
-                    self.outcome(attempt)
+                    await self.outcome(attempt)
                 except errors.CallError as error:
                     attempt.error = error
             attempt.seconds = monotonic() - attempt.started
         return everyone
-
-    def _post_to(self, attempt: Attempt, kind: int, flags: int, body: Body) -> None:
-        """Connect and send, without waiting for an outcome."""
-        terms, route, until = attempt.terms, attempt.route, attempt.until
-        link = attempt.link = self._connect(route.peer, until)
-        call = attempt.call = Call(kind, until, len(body))
-        if link.calls.full(len(body)):
-            raise attempt.window_full()
-        section = terms.section(route.server, attempt.method)
-        id = link.calls.begin(call)
-        if kind == wire.PING:
-            frame: wire.Frame = wire.pack(wire.PING, id=id)
-        else:
-            monitor = terms.monitor if kind == wire.REQUEST else None
-            frame = wire.request(kind, flags, id, until - monotonic(), monitor, section, body)
-        if link.ended is not None and link.calls.give_up(call):
-            raise attempt.not_sent()
-        link.post(call, frame)
 
     # Serving --------------------------------------------------------------------------------------
 
@@ -484,10 +544,11 @@ class Engine:
             if self.inbound is None:
                 endpoint = self._endpoint(self.protocol.id)
                 self.inbound = Inbound(self.carrier.bind(endpoint), self.protocol.inbox, self._wake.set)
+            queue.inbound = self.inbound
             self.inbound.change(Inbox.offer, service, server, queue)
             self._offers.append(Offer(service, server, queue, idempotent))
             if receiver:
-                self.inbound.start_receiver()
+                self._receive(self.inbound)
             try:
                 self._announce()
             except errors.RegistryError:
@@ -534,7 +595,7 @@ class Engine:
             )
         )
 
-    def drain(self, timeout: float | None, queue: Queue | None = None) -> bool:
+    async def drain(self, timeout: float | None, queue: Queue | None = None) -> bool:
         """Take nothing more (at all, or for one queue) and wait until what was taken is answered.
 
         Returns:
@@ -549,11 +610,10 @@ class Engine:
                 self.inbound.change(Inbox.drain, "draining")
                 self.registry.withdraw()
         inbox = self.protocol.inbox
-        pause = threading.Event()
         while any(queue is None or request.target is queue for request in list(inbox.taken)):
             if monotonic() >= until:
                 return False
-            pause.wait(0.005)
+            await self._sleep(0.005)
         if queue is None and self.inbound is not None:
             # Replies went before it on each connection: what a caller has no answer to now did not run.
             self.inbound.change(lambda inbox: inbox.drain("drained", final=True))
@@ -561,35 +621,29 @@ class Engine:
 
     # Housekeeping ---------------------------------------------------------------------------------
 
-    def _keep(self) -> None:
-        if self._keeper is None:
-            with self.lock:
-                if self._keeper is None and not self.closed:
-                    self._keeper = start_thread("onehop-keeper", self._keep_house)
-        self._wake.set()
+    def tidy(self) -> tuple[float, list[int]]:
+        """A round of cold work: ended connections, timers, links on which nobody waits.
 
-    def _keep_house(self) -> None:
-        """Cold work only: ended connections, timers, links on which nobody waits."""
-        while True:
-            with self.lock:
-                links = list(self._links.items())
-                ended, self._ended_links = self._ended_links, []
-            stuck = [link for link in ended if not link.close(0.0)]
-            if stuck:
-                with self.lock:
-                    self._ended_links += stuck
-            monitors = [link.socket.monitor_fd for _, link in links if not link.over]
-            alone = self.inbound is not None and not self.inbound.has_receiver
-            due = self.protocol.inbox.timer()
-            pause = min(TICK if alone else SLOW_TICK, FOREVER if due is None else due - monotonic())
-            if poll([self._wake.fd, *monitors], pause):
-                self._wake.wait(0)
-            if self.closed:
-                return
-            try:
-                self._look(links, monotonic())
-            except Exception:
-                log.exception("the housekeeping of node %s met an error; it goes on", self.protocol.id.hex())
+        Returns:
+            Seconds until the next round, and descriptors that call for it earlier when they become readable.
+        """
+        with self.lock:
+            links = list(self._links.items())
+            ended, self._ended_links = self._ended_links, []
+        try:
+            self._look(links, monotonic())
+        except Exception:
+            log.exception("the housekeeping of node %s met an error; it goes on", self.protocol.id.hex())
+        stuck = [link for link in ended if not link.close(0.0)]
+        with self.lock:
+            self._ended_links += stuck
+            again = len(self._ended_links) > len(stuck)
+            monitors = [link.socket.monitor_fd for link in self._links.values() if not link.over]
+        due = self.protocol.inbox.timer()
+        pause = TICK if self.inbound is not None and not self.inbound.has_receiver else SLOW_TICK
+        if due is not None:
+            pause = min(pause, due - monotonic())
+        return 0.0 if again else max(pause, 0.0), monitors
 
     def _look(self, links: list[tuple[bytes, Link]], now: float) -> None:
         for id, link in links:
@@ -657,10 +711,10 @@ class Engine:
         self._wake.set()
         for offer in self._offers:
             offer.queue.stop()
-        if self._keeper is not None and self._keeper is not threading.current_thread():
-            self._keeper.join(5.0)
+        self._stop_keeping()
         for _id, link in links:
             link.post(None, wire.goodbye())
+            link.look()
             link.end("this node was closed")
         closed = [link.close(GOODBYE_LINGER) for link in [*(link for _id, link in links), *self._ended_links]]
         if (self.inbound is None or self.inbound.close(linger)) and all(closed):

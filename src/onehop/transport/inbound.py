@@ -2,49 +2,75 @@
 
 As on a link, whoever holds the socket's lock sends and receives for all (and after **every** release looks whether
 an answer was queued meanwhile), and one thread leads. Who leads depends on who is there: a node that runs handlers has
-a receiving thread; one whose listeners are polled (the oslo driver) is received for by whichever listener waits; and
-where nobody is there, the housekeeping thread looks now and then.
+a receiving thread; one whose listeners are polled (the oslo driver) is received for by whichever listener waits; in an
+asyncio node the loop does it; and where nobody is there, the housekeeping thread looks now and then.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any
 
 from onehop.protocol import wire
-from onehop.protocol.inbox import Inbox, Request
+from onehop.protocol.inbox import Inbox, Message, Request
 from onehop.protocol.turns import successor
 from onehop.protocol.wire import Frame
 from onehop.transport.carrier import InboundSocket, Unreachable
 from onehop.transport.waiting import PATIENCE, Wake, acquire, new_lock, release, start_thread
 
 BATCH = 64
+"""Messages read in one hold of the lock."""
+CALM = 100
+"""Single messages in a row after which no second one is expected behind each."""
+QUICK = 0.0003
+"""Seconds; a method that takes no longer on average is run by few threads, which stay awake."""
+TOGETHER = 16
+"""Answers of quick methods that a thread may keep back to send them together, while there is more to run."""
+RESTLESS = 0.001
+"""Seconds after which the receiver looks whether requests that wait for a worker have moved."""
 FOREVER = float("inf")
 
 
 class Queue:
     """Requests of one instance of a service that wait to be run.
 
+    Few threads do quick work: one worker is woken for a batch, and takes one request after the other. Who starts a
+    method that is not known to be quick, while others wait, wakes the next worker first; and the receiver wakes one
+    when nothing moved for a moment, since a quick method may take its time for once.
+
     Args:
-        run: what a worker (or, for inline methods, the receiving thread) does with a request; None where the queue
-            is polled.
+        run: what a worker (or, for inline methods, the receiving thread) does with a request; its answer goes to
+            :meth:`Inbound.put`. None where the queue is polled.
         workers: threads at most.
-        inline: methods that ``run`` finishes so quickly that the receiving thread may do it.
+        methods: that ``run`` knows; how long each takes is remembered.
+        inline: those of them that the receiving thread may run itself.
+
+    Attributes:
+        begun: requests that workers have begun.
+        inbound: where the requests come from, and the answers go.
     """
 
+    inbound: Inbound
+
     def __init__(
-        self, run: Callable[[Request], None] | None = None, workers: int = 0, inline: frozenset[str] = frozenset()
+        self,
+        run: Callable[[Request], None] | None = None,
+        workers: int = 0,
+        methods: Iterable[str] = (),
+        inline: frozenset[str] = frozenset(),
     ) -> None:
         self.tasks: deque[Request] = deque()
         self.idle: list[Any] = []
         self.stopped = False
         self.run = run
         self.inline = inline
+        self.begun = 0
         self._workers = workers
         self._started = 0
         self._starting = new_lock()
+        self._seconds = dict.fromkeys(methods, FOREVER)
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -52,32 +78,39 @@ class Queue:
     def put(self, request: Request) -> bool:
         """Add a request and wake one who waits for it; False where nobody did."""
         self.tasks.append(request)
-        if self._wake_one():
+        return self.wake_one()
+
+    def wake_one(self) -> bool:
+        """Wake one who waits for a request, or add a worker; False where neither can be.
+
+        Raises:
+            RuntimeError: there is no worker yet, and the machine gives no thread for one.
+        """
+        try:
+            release(self.idle.pop())
             return True
-        if self._started < self._workers:
-            with self._starting:
-                if self._started < self._workers:
-                    try:
-                        start_thread("onehop-worker", self._work)
-                        self._started += 1
-                    except RuntimeError:  # the machine gives no more threads: those there are will do it
-                        if self._started == 0:
-                            self.tasks.remove(request)
-                            raise
+        except IndexError:
+            if self._started >= self._workers:
+                return False
+        with self._starting:
+            if self._started < self._workers:
+                try:
+                    start_thread("onehop-worker", self._work)
+                    self._started += 1
+                    return True
+                except RuntimeError:  # the machine gives no more threads: those there are will do it
+                    if self._started == 0:
+                        raise
         return False
 
     def stop(self) -> None:
         """Nothing more will come: workers end when the queue is empty, polls return."""
         self.stopped = True
-        while self._wake_one():
-            pass
-
-    def _wake_one(self) -> bool:
-        try:
-            release(self.idle.pop())
-        except IndexError:
-            return False
-        return True
+        while self.idle:
+            try:
+                release(self.idle.pop())
+            except IndexError:
+                return
 
     def wait(self, lock: Any, seconds: float) -> None:
         """Sleep on ``lock`` (which the caller holds) until woken, unless there is something to do already."""
@@ -90,18 +123,40 @@ class Queue:
             acquire(lock, 0)  # it was taken out to wake us: take the wake-up too
 
     def _work(self) -> None:
-        assert self.run is not None
+        run, tasks, seconds = self.run, self.tasks, self._seconds
+        assert run is not None
         lock = new_lock()
         lock.acquire()
+        kept = 0
         while True:
             try:
-                request = self.tasks.popleft()
+                request = tasks.popleft()
             except IndexError:
-                if self.stopped:
+                if kept:
+                    kept = 0
+                    self.inbound.turn(self)
+                elif self.stopped:
                     return
-                self.wait(lock, FOREVER)
-            else:
-                self.run(request)
+                else:
+                    self.wait(lock, FOREVER)
+                continue
+            self.begun += 1
+            method = request.names[2]
+            mean = seconds.get(method, 0.0)  # of a method there is not: its refusal is quick
+            if mean > QUICK:
+                if kept:
+                    self.inbound.turn(self)
+                if tasks:
+                    self.wake_one()
+            began = monotonic()
+            run(request)
+            took = monotonic() - began
+            if method in seconds:
+                seconds[method] = took if mean == FOREVER else mean + (took - mean) / 8
+            kept += 1
+            if not tasks or kept >= TOGETHER or self.inbound.resting:
+                kept = 0
+                self.inbound.turn(self)
 
 
 class Inbound:
@@ -117,6 +172,7 @@ class Inbound:
         self.socket = socket
         self.counts: Counter[str] = Counter()
         self.has_receiver = False
+        self.resting = False
         self._inbox = inbox
         self._monitored = monitored
         self._lock = new_lock()
@@ -124,23 +180,33 @@ class Inbound:
         self._leading_for: Queue | None = None
         self._takers: dict[Any, Any] = {}
         self._out: deque[tuple[Request, Frame | None, bool]] = deque()
+        self._incoming: list[Message] = []
+        self._more = False
+        self._calm = 0
+        self._found = False
         self._wake = Wake(socket.fd)
         self._inline: deque[Request] = deque()
         self._running = new_lock()
+        self._watched: dict[Queue, int] = {}
+        self._watched_at = 0.0
         self._closing = False
         self._closed = False
 
     # Answers --------------------------------------------------------------------------------------
 
-    def answer(self, request: Request, frame: Frame | None, *, last: bool = True) -> None:
-        """Queue an answer and see that it is sent; does not wait.
+    def put(self, request: Request, frame: Frame | None, last: bool = True) -> None:
+        """Queue an answer; whoever runs the request sees that it is sent.
 
         Args:
             frame: None where nothing is to be sent and the request only gives its room back.
             last: whether the request is finished with it.
         """
         self._out.append((request, frame, last))
-        self._turn()
+
+    def answer(self, request: Request, frame: Frame | None, last: bool = True) -> None:
+        """:meth:`put` an answer and see that it is sent; does not wait."""
+        self._out.append((request, frame, last))
+        self.turn()
 
     def refuse(self, request: Request, reason: str) -> None:
         """Answer that ``request`` did not run, and count it; a cast only gives its room back."""
@@ -152,52 +218,62 @@ class Inbound:
         """Do ``action(inbox, *arguments)`` under its lock, and send what it wants sent."""
         with self._lock:
             action(self._inbox, *arguments)
-            if not self._closed:
+            if not self._closed and self._inbox.outgoing:
                 self._send_outgoing([])
-                if self.socket.readable():  # a send may eat the edge
-                    self._wake.set()
-        self._turn()
+                self._wake.set()  # a send may eat the edge
+        self.turn()
+
+    def turn(self, queue: Queue | None = None) -> None:
+        """Send and receive for everybody, unless somebody who will look again has the socket.
+
+        Args:
+            queue: the caller takes the next request of this one itself: nobody else has to be woken for it.
+        """
+        while self._out and self._lock.acquire(False):
+            if self._pump(queue):
+                self._wake.set()
 
     def _send(self, moved: list[Request]) -> None:
         """Send what is queued, under ``_lock``."""
-        out, inbox = self._out, self._inbox
+        out, finish, send = self._out, self._inbox.finish, self.socket.send
         while out:
             request, frame, last = out.popleft()
-            if last and not inbox.finish(request):
+            if last and not finish(request):
                 continue  # answered before: an answer is sent once
             if self._closed:
                 self.counts["answers after close"] += 1
             elif frame is not None:
-                self._send_one(request.identity, frame, moved)
+                try:
+                    if not send(request.identity, frame):
+                        # Far above what a caller within its window can be owed: it does not read. Waiting for it
+                        # would hold up everybody else.
+                        self.counts["answers to a peer that does not read"] += 1
+                except Unreachable:
+                    self._gone(request.identity, moved)
 
-    def _send_one(self, identity: bytes, frame: Frame, moved: list[Request]) -> None:
-        try:
-            if not self.socket.send(identity, frame):
-                # Far above what a caller within its window can be owed: it does not read. Waiting for it would
-                # hold up everybody else.
-                self.counts["answers to a peer that does not read"] += 1
-        except Unreachable:
-            self.counts["answers to a peer that is gone"] += 1
-            moved.extend(self._inbox.gone(identity))
+    def _gone(self, identity: bytes, moved: list[Request]) -> None:
+        self.counts["answers to a peer that is gone"] += 1
+        moved.extend(self._inbox.gone(identity))
 
     def _send_outgoing(self, moved: list[Request]) -> None:
         inbox = self._inbox
         while inbox.outgoing:
             waiting, inbox.outgoing = inbox.outgoing, []
             for identity, frame in waiting:
-                self._send_one(identity, frame, moved)
+                try:
+                    if not self.socket.send(identity, frame):
+                        self.counts["answers to a peer that does not read"] += 1
+                except Unreachable:
+                    self._gone(identity, moved)
 
-    def _turn(self) -> None:
-        """Send and receive for everybody, unless somebody who will look again has the socket."""
-        while self._out and self._lock.acquire(False):
-            if self._pump():
-                self._wake.set()
+    # In one hold of the lock ----------------------------------------------------------------------
 
-    def _pump(self, leading: bool = False) -> bool:
+    def _pump(self, queue: Queue | None = None, leading: bool = False) -> bool:
         """Send and receive in one hold of ``_lock``, which the caller took; then hand over what came.
 
         Args:
-            leading: whether the leader asks, who looks at its own queue next.
+            queue: the caller looks at this one next.
+            leading: whether the leader asks.
 
         Returns:
             Whether more may be there to receive.
@@ -205,34 +281,36 @@ class Inbound:
         moved: list[Request] = []
         more = False
         try:
-            self._send(moved)
+            if self._out:
+                self._send(moved)
             if not self._closing:
                 more = self._take_in(moved)
         finally:
+            self._more = more
             self._lock.release()
         if moved:
-            self._dispatch(moved, leading)
+            self._dispatch(moved, queue, leading)
         return more
 
     def _take_in(self, moved: list[Request]) -> bool:
-        """Give the inbox what came and send what it answers, under ``_lock``; True when the batch was full."""
-        socket, receive, now = self.socket, self._inbox.receive, 0.0
-        more = False
-        for _ in range(BATCH):
-            message = socket.receive() if socket.readable() else None
-            if message is None:
-                break
-            now = now or monotonic()
-            receive(*message, now, moved)
-        else:
-            more = True
+        """Give the inbox what came and send what it answers, under ``_lock``; True when more may be there."""
+        incoming = self._incoming
+        # While requests come one by one, a second look behind each would find nothing, and cost as much as the first.
+        more = self.socket.drain(1 if self._calm > CALM else BATCH, incoming)
+        if not incoming:
+            self._found = False
+            return more
+        self._calm = 0 if self._found or len(incoming) > 1 else self._calm + 1
+        self._found = True
+        self._inbox.receive_all(incoming, monotonic(), moved)
         if self._inbox.outgoing:
             self._send_outgoing(moved)
-            more = more or socket.readable()  # a send may eat the edge of what came meanwhile
+            more = True  # a send may eat the edge of what came meanwhile
         return more
 
-    def _dispatch(self, moved: list[Request], leading: bool) -> None:
+    def _dispatch(self, moved: list[Request], mine: Queue | None, leading: bool) -> None:
         """Give each new request to its queue; wake whoever waits for news of one that runs."""
+        filled: Queue | None = None
         for request in moved:
             if request.queued:
                 if request.waiter is not None:
@@ -241,24 +319,44 @@ class Inbound:
             request.queued = True
             if request.monitor is not None:
                 self._monitored()
-            if request.method in request.target.inline:
+            target: Queue = request.target
+            if request.names[2] in target.inline:
                 self._inline.append(request)
+                continue
+            target.tasks.append(request)
+            if target is filled and target.run is not None:
+                continue  # one worker is woken for a batch
+            filled = target
+            if target is mine:
+                mine = None  # the first is taken by who asks
             else:
                 try:
-                    taken = request.target.put(request)
+                    if not target.wake_one() and not leading and target is self._leading_for:
+                        self._wake.set()
                 except RuntimeError:
+                    target.tasks.remove(request)
                     self.refuse(request, "full")
-                    continue
-                if not taken and not leading and request.target is self._leading_for:
-                    self._wake.set()
+            if target.run is not None:
+                self._watched.setdefault(target, -1)
+        if filled is not None and self.resting and not leading:
+            self._wake.set()
         # Not at once: the answer's own turn may bring in the next request, and so on without an end to the depth.
         while self._inline and self._running.acquire(False):
             try:
-                while self._inline:
-                    request = self._inline.popleft()
-                    request.target.run(request)
+                self._run_inline()
             finally:
                 self._running.release()
+
+    def _run_inline(self) -> None:
+        inline = self._inline
+        kept = 0
+        while inline:
+            request = inline.popleft()
+            request.target.run(request)
+            kept += 1
+            if not inline or kept >= TOGETHER:
+                kept = 0
+                self.turn()
 
     # Receiving ------------------------------------------------------------------------------------
 
@@ -280,7 +378,7 @@ class Inbound:
         self.change(Inbox.handle_timer, now)
         if not self._lead.locked() and self._lock.acquire(False):
             self._pump()
-            self._turn()
+            self.turn()
 
     def take(self, queue: Queue, until: float) -> Request | None:
         """The next request of ``queue``; None when ``until`` came first, or the queue is stopped and empty."""
@@ -319,19 +417,38 @@ class Inbound:
         try:
             while not self._closing:
                 self._lock.acquire()
-                more = self._pump(leading=True)
+                self._pump(queue, leading=True)
+                # What was handed over may have been run and answered here, with a look of its own.
                 if self._out:
                     continue
                 if queue is not None and (queue.tasks or queue.stopped):
                     return
-                if more:
+                if self._more:
                     continue
-                left = until - monotonic()
-                if left <= 0:
+                now = monotonic()
+                if until <= now:
                     return
-                self._wake.wait(left)
+                if self._watched:
+                    if now - self._watched_at >= RESTLESS:
+                        self._watch(now)
+                    self._wake.wait(min(until - now, RESTLESS))
+                    continue
+                self.resting = True
+                if not self._out and not self._watched:  # looked at after others can see that we rest
+                    self._wake.wait(until - now)
+                self.resting = False
         finally:
             self._leading_for = None
+            self.resting = False
+
+    def _watch(self, now: float) -> None:
+        """Wake a worker where requests wait and none was begun since the last time."""
+        self._watched_at = now
+        for queue, begun in list(self._watched.items()):
+            if not queue.tasks or (queue.begun == begun and not queue.wake_one()):
+                del self._watched[queue]
+            else:
+                self._watched[queue] = queue.begun
 
     def forget(self) -> None:
         """In a forked child: the socket is the parent's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
 from time import monotonic
@@ -11,10 +12,14 @@ from time import monotonic
 from onehop.errors import CallError, CallTimeout, NoRoute, PeerLost, Rejected
 from onehop.protocol import wire
 from onehop.protocol.calls import REJECTED, Call
+from onehop.protocol.inbox import Request
 from onehop.protocol.peers import Peer, RecordLike
 from onehop.protocol.routes import Route, Routes
 from onehop.settings import Settings
 from onehop.transport.link import Link
+
+serving: ContextVar[Request | None] = ContextVar("onehop_serving", default=None)
+"""The request that the running handler serves; calls made in it end no later."""
 
 
 def _somewhere() -> Iterator[int]:
@@ -61,7 +66,11 @@ class Terms:
 class Attempt:
     """One request on its way to an outcome, from one server to the next.
 
+    Args:
+        until: the deadline; ``started``: when it began; both on this process's monotonic clock.
+
     Attributes:
+        chosen: where to go next, where that has been decided.
         route, link, call: of the server being tried now.
         tried: routes that failed in this round; ``error``: the last failure; ``pause``: seconds before another round.
         may_have_run: at a server tried before, which was lost.
@@ -73,7 +82,8 @@ class Attempt:
     terms: Terms
     method: str
     until: float
-    started: float = field(default_factory=monotonic)
+    started: float
+    chosen: Route | None = None
     tried: list[Route] = field(default_factory=list)
     error: CallError | None = None
     may_have_run: bool = False
@@ -85,8 +95,15 @@ class Attempt:
     link: Link = field(init=False)
     call: Call = field(init=False)
 
+    def take(self, route: Route, link: Link, call: Call) -> None:
+        """It goes to ``route`` now."""
+        self.route, self.link, self.call = route, link, call
+        self.record = route.peer.record
+        self.seen = -1
+        call.route = route
+
     def __str__(self) -> str:
-        return f"{self.method!r} of {self.terms}: {name_of(self.route.peer)}"
+        return describe(self.method, self.terms, self.route)
 
     def patience(self) -> float:
         """Until when to wait for a sign of life."""
@@ -139,6 +156,11 @@ class Attempt:
             f"nobody offers {terms} (waited {terms.ready_timeout:.3g} s); {there_is}. Is it started, with the same "
             f"registry ({settings.registry!r}) and realm ({settings.realm!r})?"
         )
+
+
+def describe(method: str, terms: Terms, route: Route) -> str:
+    """A request, for people."""
+    return f"{method!r} of {terms}: {name_of(route.peer)}"
 
 
 def name_of(peer: Peer) -> str:

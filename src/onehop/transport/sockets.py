@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import zmq
@@ -12,8 +14,10 @@ from zmq.utils.monitor import parse_monitor_message
 
 from onehop.errors import ResourceLimit, SettingsError
 from onehop.protocol import wire
+from onehop.protocol.inbox import Message
 from onehop.protocol.wire import Body, Frame
 from onehop.transport.carrier import Unreachable
+from onehop.transport.native import native
 
 # Plain integers: arithmetic on zmq's enumerations costs a microsecond each time.
 _NOWAIT = int(zmq.NOBLOCK)
@@ -92,24 +96,22 @@ class _Socket:
             self._socket.set(option, value)
         backend: Any = super(zmq.Socket, self._socket)
         self._send, self._recv, self._get = backend.send, backend.recv, backend.get
+        self._address = self._socket.underlying
         self.fd = int(self._get(zmq.FD))
 
-    def _send_frame(self, frame: Frame) -> None:
-        if type(frame) is bytes:
-            self._send(frame, _NOWAIT)
-        else:
-            self._send(frame[0], _NOWAIT_MORE)
-            self._send(frame[1], _NOWAIT, False)
-
-    def readable(self) -> bool:
-        return bool(self._get(_EVENTS) & _POLLIN)
+    def _send_large(self, head: bytes, body: Body) -> None:
+        self._send(head, _NOWAIT_MORE)
+        self._send(body, _NOWAIT, False)
 
 
 class _Link(_Socket):
     """A DEALER connected to one peer, with its monitor."""
 
+    drain: Callable[[int, list[tuple[bytes, Body | None]]], bool]
+
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
         super().__init__(context, zmq.DEALER, LINK_OPTIONS)
+        self.drain = self._drain if native is None else partial(native.drain, self._address)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _HANDSHAKE_FAILURES)
         self.monitor_fd = int(self._monitor.get(zmq.FD))
         self._ended: str | None = None
@@ -121,19 +123,32 @@ class _Link(_Socket):
 
     def send(self, frame: Frame) -> bool:
         try:
-            self._send_frame(frame)
+            if type(frame) is not bytes:
+                self._send_large(*frame)
+            elif native is not None:
+                return bool(native.send(self._address, frame))
+            else:
+                self._send(frame, _NOWAIT)
         except zmq.Again:
             return False
         return True
 
-    def receive(self) -> tuple[bytes, Body | None] | None:
-        try:
-            frame = self._recv(_NOWAIT)
-        except zmq.Again:
-            return None
-        if wire.has_second_frame(frame) and self._get(_RCVMORE):
-            return frame, self._recv(_NOWAIT, False).buffer
-        return frame, None
+    def _drain(self, limit: int, into: list[tuple[bytes, Body | None]]) -> bool:
+        # To ask for the events is cheaper than the exception of a receive that fails, and dearer than a receive: so it
+        # is asked before the first message and the second, and a third is taken for the beginning of a crowd.
+        get, receive = self._get, self._recv
+        for count in range(limit):
+            if count < 2 and not get(_EVENTS) & _POLLIN:
+                return False
+            try:
+                frame = receive(_NOWAIT)
+            except zmq.Again:
+                return False
+            if wire.has_second_frame(frame) and get(_RCVMORE):
+                into.append((frame, receive(_NOWAIT, False).buffer))
+            else:
+                into.append((frame, None))
+        return True
 
     def ended(self) -> str | None:
         while self._ended is None:
@@ -154,8 +169,11 @@ class _Link(_Socket):
 class _Inbound(_Socket):
     """A ROUTER bound to this node's endpoint."""
 
+    drain: Callable[[int, list[Message]], bool]
+
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
         super().__init__(context, zmq.ROUTER, INBOUND_OPTIONS)
+        self.drain = self._drain if native is None else partial(native.drain_from, self._address)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -167,31 +185,42 @@ class _Inbound(_Socket):
 
     def send(self, identity: bytes, frame: Frame) -> bool:
         try:
+            if type(frame) is bytes and native is not None:
+                return bool(native.send_to(self._address, identity, frame))
             self._send(identity, _NOWAIT_MORE)
-            self._send_frame(frame)
+            if type(frame) is bytes:
+                self._send(frame, _NOWAIT)
+            else:
+                self._send_large(*frame)
         except zmq.Again:
             return False
-        except zmq.ZMQError as error:
+        except OSError as error:  # of the compiled module, or its subclass ZMQError
             if error.errno == zmq.EHOSTUNREACH:
                 raise Unreachable from None
             raise
         return True
 
-    def receive(self) -> tuple[bytes, bytes, Body | None] | None:
-        try:
-            identity = self._recv(_NOWAIT)
-            frame = self._recv(_NOWAIT)
-        except zmq.Again:
-            return None
-        if not self._get(_RCVMORE):
-            return identity, frame, None
-        # Asked of the socket, never of the frame: a lying header must not shift the border between messages, or the
-        # next frame would be read as an identity, somebody else's perhaps.
-        body = self._recv(_NOWAIT, False).buffer
-        while self._get(_RCVMORE):
-            self._recv(_NOWAIT)
-            frame = b""  # no message has three frames: refused by the core as too short
-        return identity, frame, body
+    def _drain(self, limit: int, into: list[Message]) -> bool:
+        get, receive = self._get, self._recv
+        for count in range(limit):
+            if count < 2 and not get(_EVENTS) & _POLLIN:  # see _Link
+                return False
+            try:
+                identity = receive(_NOWAIT)
+            except zmq.Again:
+                return False
+            frame = receive(_NOWAIT)
+            if not get(_RCVMORE):
+                into.append((identity, frame, None))
+                continue
+            # Asked of the socket, never of the frame: a lying header must not shift the border between messages, or
+            # the next frame would be read as an identity, somebody else's perhaps.
+            body = receive(_NOWAIT, False).buffer
+            while get(_RCVMORE):
+                receive(_NOWAIT)
+                frame = b""  # no message has three frames: refused by the core as too short
+            into.append((identity, frame, body))
+        return True
 
     def close(self, linger: float) -> None:
         self._socket.close(int(linger * 1000))

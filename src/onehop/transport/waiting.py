@@ -13,6 +13,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from onehop.transport.native import native
+
 PATIENCE = 2.0
 """Seconds that closing waits for the thread that has a socket."""
 LONGEST_WAIT = 3600.0
@@ -53,14 +55,15 @@ class Wake:
     """Something to poll beside a socket, so that another thread can end the wait.
 
     Args:
-        beside: the descriptor of the socket, if there is one.
+        beside: the descriptor of the socket; -1 where there is none.
     """
 
-    __slots__ = ("_both", "_poller", "fd")
+    __slots__ = ("_beside", "_both", "_poller", "fd")
 
-    def __init__(self, *beside: int) -> None:
+    def __init__(self, beside: int = -1) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._both = (*beside, self.fd)
+        self._beside = beside
+        self._both = (beside, self.fd) if beside >= 0 else (self.fd,)
         self._poller: Any = None
         if hasattr(select, "poll"):
             self._poller = select.poll()
@@ -73,7 +76,11 @@ class Wake:
             seconds = LONGEST_WAIT
         if self._poller is not None and hasattr(select, "poll"):
             # Rounded up: a wait that ends a little early would turn into a busy one.
-            ready = self._poller.poll(int(seconds * 1000) + 1 if seconds > 0 else 0)
+            milliseconds = int(seconds * 1000) + 1 if seconds > 0 else 0
+            if native is not None:
+                native.wait(self._beside, self.fd, milliseconds)
+                return
+            ready = self._poller.poll(milliseconds)
         else:
             ready = [(fd, 0) for fd in select.select(self._both, (), (), max(seconds, 0.0))[0]]
         for fd, _ in ready:

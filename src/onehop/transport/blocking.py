@@ -1,0 +1,289 @@
+"""Waiting in threads: the caller's own thread reads the link.
+
+No thread of ours stands between a caller and its reply. A caller that waits alone sends, waits and receives by
+itself. Where several wait, one leads (``protocol/turns.py``) and hands over what belongs to the others.
+
+Two rules more than in ``link.py``:
+
+* A leader announces itself in ``_leader``, then looks at its outcome; who completes a call sets the outcome, then reads
+  ``_leader``. One of them sees the other.
+* A leader takes ``_lock`` waiting: holders never wait while they have it, and a leader that spun on a readable
+  descriptor would starve the holder.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from time import monotonic
+from typing import Any, TypeVar
+
+from onehop.protocol.calls import LOST, REJECTED, Call, CallTable
+from onehop.protocol.turns import successor
+from onehop.protocol.wire import Body, Frame
+from onehop.transport.carrier import LinkSocket
+from onehop.transport.engine import Engine
+from onehop.transport.inbound import Inbound
+from onehop.transport.link import BATCH, STUCK, Link
+from onehop.transport.requests import Attempt, Terms
+from onehop.transport.waiting import PATIENCE, Wake, acquire, new_lock, poll, release, start_thread
+
+Result = TypeVar("Result")
+
+CROWD_MEMORY = 200
+"""Calls for which a link that saw two callers at once does not try the lone path."""
+
+
+class BlockingLink(Link):
+    """A link whose calls are waited for by threads.
+
+    Attributes:
+        opening: held by the thread that waits for the hello.
+    """
+
+    def __init__(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> None:
+        super().__init__(socket, calls, control)
+        self.opening = new_lock()
+        self._lead = new_lock()
+        self._leader: Call | None = None
+        self._waiting: dict[Any, Any] = {}
+        self._crowd = 0
+        self._wake = Wake(socket.fd)
+
+    def post(self, call: Call | None, frame: Frame) -> None:
+        self._out.append((call, frame))
+        self._turn()
+
+    def exchange(self, call: Call, frame: Frame, until: float) -> None:
+        """Send the registered ``call`` and wait until it has news, or ``until`` has come."""
+        if len(self.calls.pending) > 1:
+            self._crowd = CROWD_MEMORY
+        elif self._crowd:
+            self._crowd -= 1
+        elif not self._out and self._lead.acquire(False):
+            # The lone caller: nobody else is here, so it leads from the start and nothing is handed over.
+            try:
+                self._receive(call, 0, until, frame)
+            finally:
+                self._lead.release()
+                if self._waiting:
+                    self._hand_on()
+            if call.outcome is None:
+                self.wait(call, 0, until)
+            return
+        self._out.append((call, frame))
+        self._turn()
+        self.wait(call, 0, until)
+
+    def _turn(self) -> None:
+        """Send and drain for everybody, unless somebody who will look again has the socket."""
+        while self._out and self._lock.acquire(False):
+            # What a full batch left has no edge any more, and what found no room must be tried again soon (STUCK):
+            # whoever leads must look. If nobody does, our caller will wait, and so lead.
+            if self._pump(None, BATCH) or self._stuck:
+                self._wake.set()
+            if self._stuck:
+                return
+
+    def look(self) -> None:
+        if self._lead.acquire(False):
+            try:
+                self._receive(None, 0, 0.0)
+            finally:
+                self._lead.release()
+                self._hand_on()
+
+    def wait(self, call: Call, seen: int, until: float) -> bool:
+        """Wait until ``call`` has an outcome or a sign beyond ``seen``; False when ``until`` came first."""
+        if call.outcome is not None or call.signs != seen:
+            return True
+        lock = new_lock()
+        lock.acquire()
+        waiting = self._waiting
+        waiting[lock] = lock
+        try:
+            while call.outcome is None and call.signs == seen:
+                if self._lead.acquire(False):
+                    try:
+                        self._receive(call, seen, until)
+                    finally:
+                        self._lead.release()
+                else:
+                    call.waiter = lock
+                    if call.outcome is None and call.signs == seen:
+                        acquire(lock, until - monotonic())
+                if monotonic() >= until:
+                    break
+        finally:
+            del waiting[lock]
+            self._hand_on()
+        return call.outcome is not None or call.signs != seen
+
+    def _hand_on(self) -> None:
+        """Whoever stops waiting sees that somebody leads while others wait (turns, rule 2)."""
+        if self._waiting and not self._lead.locked():
+            next_one = successor(self._waiting)
+            if next_one is not None:
+                release(next_one)
+
+    def _receive(self, call: Call | None, seen: int, until: float, frame: Frame | None = None) -> None:
+        """Lead: send and receive for everybody until ``call`` has news or ``until`` has come.
+
+        Args:
+            frame: of a lone caller, sent first, past the queue.
+        """
+        self._leader = call
+        lock, pending = self._lock, self.calls.pending
+        try:
+            lock.acquire()
+            if frame is not None and call is not None:
+                self._send_past_queue(call, frame)
+            while True:
+                # A lone caller takes its reply and leaves: whoever comes next looks before waiting.
+                more = self._pump(call, BATCH if len(pending) > 1 else 1)
+                if call is None or call.outcome is not None or call.signs != seen:
+                    if not self._out or self._stuck:
+                        return
+                elif not more and (self._stuck or not self._out):
+                    left = until - monotonic()
+                    if left <= 0:
+                        return
+                    self._wake.wait(min(left, STUCK) if self._stuck else left)
+                lock.acquire()
+        finally:
+            self._leader = None
+
+    def _send_past_queue(self, call: Call, frame: Frame) -> None:
+        try:
+            if self.ended is None:
+                call.sent = True
+                if not self.socket.send(frame):
+                    call.sent = False
+                    self._out.append((call, frame))
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def tell(self, calls: list[Call], me: Call | None = None) -> None:
+        for call in calls:
+            if call is me:
+                continue
+            if call is self._leader:
+                self._wake.set()
+            elif call.waiter is not None:
+                release(call.waiter)
+
+    def end(self, why: str) -> bool:
+        first = super().end(why)
+        if first:
+            self._wake.set()
+        return first
+
+    def forget(self) -> None:
+        self._lead, self.opening = new_lock(), new_lock()
+        super().forget()
+
+    def close(self, linger: float) -> bool:
+        # Waits for the leader to leave, which it does at once; but not where the leader is a frame that a signal
+        # handler interrupted to get here: it cannot leave before the handler returns.
+        if not acquire(self._lead, PATIENCE):
+            return False
+        try:
+            self._give_back(linger)
+        finally:
+            self._lead.release()
+        return True
+
+
+def run(steps: Coroutine[Any, Any, Result]) -> Result:
+    """What a coroutine of a :class:`BlockingEngine` comes to: its waits wait in place, so it is through in one step."""
+    try:
+        steps.send(None)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    raise AssertionError("a wait in a thread suspended its coroutine")
+
+
+class BlockingEngine(Engine):
+    """An engine whose callers wait in their own threads. See :class:`Engine`."""
+
+    _keeper: threading.Thread | None = None
+
+    def request(self, terms: Terms, kind: int, flags: int, method: str, body: Body) -> Call:
+        """Send a request to one server and wait for its outcome.
+
+        Returns:
+            The call that came through: REPLIED, FAILED or TAKEN.
+
+        Raises:
+            NoRoute, Rejected, CallTimeout, PeerLost, TooLarge: as their docstrings say.
+        """
+        begun = self.begin(terms, kind, flags, method, body)
+        if isinstance(begun, Attempt):
+            return run(self.carry_through(begun, kind, flags, body))
+        link, call, frame = begun
+        try:
+            link.exchange(call, frame, call.deadline)
+        except BaseException:
+            self.cancel(link, call)
+            raise
+        outcome = call.outcome
+        if outcome is None or outcome is REJECTED or outcome is LOST:
+            attempt = self.attempt(terms, method, link, call)
+            return run(self.carry_through(attempt, kind, flags, body, under_way=True))
+        return call
+
+    def _new_link(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> Link:
+        return BlockingLink(socket, calls, control)
+
+    async def wait(self, link: Link, call: Call, seen: int, until: float) -> bool:
+        assert isinstance(link, BlockingLink)
+        if call is not link.hello:
+            return link.wait(call, seen, until)
+        # Many may wait for one hello, and all in one place: they would wake each other without an end.
+        if acquire(link.opening, until - monotonic()):
+            try:
+                return link.wait(call, seen, until)
+            finally:
+                link.opening.release()
+        return False
+
+    async def wait_for(self, condition: Callable[[], bool], until: float) -> bool:
+        if condition():
+            return True
+        self.registry.refresh()
+        with self.changed:
+            while not condition():
+                left = until - monotonic()
+                if left <= 0 or self.closed:
+                    return condition()
+                self.changed.wait(min(left, 60.0))
+        return True
+
+    async def _sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    async def _refresh(self) -> None:
+        self.registry.refresh()
+
+    def _receive(self, inbound: Inbound) -> None:
+        inbound.start_receiver()
+
+    def _keep(self) -> None:
+        if self._keeper is None:
+            with self.lock:
+                if self._keeper is None and not self.closed:
+                    self._keeper = start_thread("onehop-keeper", self._keep_house)
+        self._wake.set()
+
+    def _keep_house(self) -> None:
+        while not self.closed:
+            pause, descriptors = self.tidy()
+            if poll([self._wake.fd, *descriptors], pause):
+                self._wake.wait(0)
+
+    def _stop_keeping(self) -> None:
+        if self._keeper is not None and self._keeper is not threading.current_thread():
+            self._keeper.join(5.0)
