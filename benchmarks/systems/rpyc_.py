@@ -41,6 +41,8 @@ class PromptServer(ThreadedServer):  # type: ignore[misc]
 
 
 class Server:
+    """Accepts in the main thread."""
+
     def __init__(self, setup: Setup, connections: int = 0) -> None:
         pass
 

@@ -43,7 +43,7 @@ def await_match(end: zenoh.Querier | zenoh.Publisher) -> None:
         TimeoutError: nobody does.
     """
     give_up = time.monotonic() + MATCH_LIMIT
-    while not end.matching_status.matching:
+    while not end.matching_status.matching:  # type: ignore[attr-defined]  # its stubs say bool
         if time.monotonic() > give_up:
             raise TimeoutError(f"nobody has declared {end.key_expr} within {MATCH_LIMIT:.0f} s")
         time.sleep(0.01)
@@ -96,15 +96,19 @@ class Client:
             for key, _ in found
         ]
         self._publisher = self._session.declare_publisher(f"{self._setup.service}/cast")
-        for each in (*queriers, self._publisher):
+        for each in queriers:
             await_match(each)
+        await_match(self._publisher)
         self._queriers = cycle(queriers)
 
     def run(self, seconds: float, callers: int) -> Sample:
         queriers, body = self._queriers, self._message.body
 
         def call() -> Any:
-            return decode(next(queriers).get(payload=encode(body)).recv().ok.payload.to_bytes())
+            found = next(queriers).get(payload=encode(body)).recv().ok
+            if found is None:
+                raise RuntimeError("zenoh gave an error in place of an answer: it found nobody, or its time was up")
+            return decode(found.payload.to_bytes())
 
         return in_threads(call, seconds, callers, self._message.answer)
 
