@@ -18,6 +18,7 @@ ONEHOP = (*PEER, PAIRS, "cast", "fanout-50")
 ONEHOP_PURE = (*SEQUENTIAL, "threads-32", "quad")
 ONEHOP_ASYNCIO = (*SEQUENTIAL, "asyncio-32", "quad", PAIRS, "cast", "fanout-50", "memory")
 ONEHOP_UVLOOP = (*SEQUENTIAL, "asyncio-32", "quad", "cast")
+CROWD = ("fanout-1000", "links")
 OSLO = "oslo"
 RPC = (*SEQUENTIAL, "threads-32", "quad", "pairs", "cast", "fanout-50", "memory", OSLO)
 
@@ -65,6 +66,7 @@ _TABLE = (
     System("onehop inline pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP_PURE, INLINE, environment=PURE),
     System("onehop pool", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, POOL),
     System("onehop pool pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP_PURE, POOL, environment=PURE),
+    System("onehop crowd", "onehop", "onehop_crowd:Server", "onehop_:Client", CROWD, {"inline": True}),
     System("onehop asyncio", "onehop", "onehop_asyncio:Server", "onehop_asyncio:Client", ONEHOP_ASYNCIO),
     System("onehop asyncio task", "onehop", "onehop_asyncio:Server", "onehop_asyncio:Client", ("asyncio-32",), TASK),
     System("onehop asyncio uvloop", "onehop", "onehop_asyncio:Server", "onehop_asyncio:Client", ONEHOP_UVLOOP, UVLOOP),
