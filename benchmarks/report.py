@@ -46,7 +46,7 @@ def number(value: float | None) -> str:
     if size >= 100:
         digits = len(f"{size:.0f}")
         return f"{round(value, 3 - digits):,.0f}"
-    return f"{value:.1f}" if size >= 10 else f"{value:.2g}" if size < 1 else f"{value:.2f}"
+    return f"{value:.1f}" if size >= 10 else f"{value:#.2g}" if size < 1 else f"{value:.2f}"
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -58,37 +58,32 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def measured(rows: Sequence[Row]) -> str:
+def measured(rows: Sequence[Row], unit: str) -> str:
     """The table of one case of an interleaved scenario, the fastest first."""
-    headings = [
-        "system",
-        "per second",
-        "spread",
-        "p50 µs",
-        "p99 µs",
-        "CPU µs",
-        "client / server / broker",
-        "MiB client / server / broker",
-    ]
-    lost = any(each.get("lost") for each in rows)
+    columns: dict[str, Callable[[Row], str]] = {
+        f"{unit}/s": lambda row: number(row["rate"]),
+        "spread": lambda row: f"{spread(row):.0%}",
+        "p50 µs": lambda row: number(row["p50"] or None),
+        "p99 µs": lambda row: number(row["p99"] or None),
+        "CPU µs": lambda row: number(row["cpu"]),
+        "client / server / broker": lambda row: ends(row, "cpu"),
+        "MiB client / server / broker": lambda row: ends(row, "rss"),
+    }
+    if any(each.get("lost") for each in rows):
+        columns["lost"] = lambda row: number(row["lost"])
+    if rows[0]["message"].isdecimal():
+        columns["MB/s each way"] = lambda row: number(row["rate"] * int(row["message"]) / 1e6)
     lines = []
     for row in sorted(rows, key=lambda each: -each.get("rate", 0.0)):
         name = f"**{row['system']}**" if row["kind"] == "onehop" else row["system"]
-        if "error" in row:
-            lines.append([name, "failed", *[MISSING] * (len(headings) - 2 + lost)])
-            continue
-        line = [
-            name,
-            number(row["rate"]),
-            f"{spread(row):.0%}",
-            number(row["p50"] or None),
-            number(row["p99"] or None),
-            number(row["cpu"]),
-            " / ".join(number(row[f"cpu_{end}"] or None) for end in ("client", "server", "broker")),
-            " / ".join(number(row[f"rss_{end}"] or None) for end in ("client", "server", "broker")),
-        ]
-        lines.append(line + [number(row["lost"])] * lost)
-    return table(headings + ["lost"] * lost, lines)
+        failed = ["failed", *[MISSING] * (len(columns) - 1)]
+        lines.append([name, *(failed if "error" in row else [show(row) for show in columns.values()])])
+    return table(["system", *columns], lines)
+
+
+def ends(row: Row, what: str) -> str:
+    """A figure of client, server and broker."""
+    return " / ".join(number(row[f"{what}_{end}"] or None) for end in ("client", "server", "broker"))
 
 
 def spread(row: Row) -> float:
@@ -136,7 +131,7 @@ def drawing(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) 
     return f"![{path.stem}]({path.name})"
 
 
-def bars(path: Path, rows: Sequence[Row]) -> str:
+def bars(path: Path, rows: Sequence[Row], unit: str) -> str:
     """Rates of one case, as ratios to onehop's best."""
     shown = sorted((each for each in rows if each.get("rate")), key=lambda each: each["rate"])
     best = max((each["rate"] for each in shown if each["kind"] == "onehop"), default=0.0)
@@ -152,8 +147,11 @@ def bars(path: Path, rows: Sequence[Row]) -> str:
         axes.bar_label(
             drawn, [f" {number(each['rate'])}  ({number(each['rate'] / best)}x)" for each in shown], fontsize=8
         )
-        axes.set_xlabel("per second, and as a multiple of onehop's best (orange: onehop, blue: peers, grey: limits)")
-        axes.margins(x=0.25)
+        axes.set_xlabel(
+            f"{unit} per second, and as a multiple of onehop's best (orange: onehop, blue: peers, grey: limits)"
+        )
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.margins(x=0.25, y=0.01)
 
     return drawing(path, (9, 0.9 + 0.27 * len(shown)), draw)
 
@@ -165,7 +163,7 @@ def lines(path: Path, rows: Sequence[Row], across: str, label: str, by: Callable
         return ""
 
     def draw(axes: Any) -> None:
-        for name in dict.fromkeys(map(by, shown)):
+        for name in dict.fromkeys(by(each) for each in sorted(shown, key=lambda each: -each["rate"])):
             points = sorted((float(each[across]), each["rate"]) for each in shown if by(each) == name)
             kind = next(each.get("kind", "onehop") for each in shown if by(each) == name)
             style = {"onehop": "o-", "peer": "s--", "limit": "x:"}[kind]
@@ -174,6 +172,7 @@ def lines(path: Path, rows: Sequence[Row], across: str, label: str, by: Callable
         axes.set_yscale("log")
         ticks = sorted({float(each[across]) for each in shown})
         axes.set_xticks(ticks, [f"{each:g}" for each in ticks])
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel(label)
         axes.set_ylabel("calls per second")
         axes.grid(alpha=0.3)
@@ -245,9 +244,9 @@ def section(name: str, scenario: dict[str, Any], out: Path) -> str:
             parts.append(lines(out / "pairs.svg", rows, "case", "pairs", lambda each: each["system"]))
         for case, of_case in groupby(rows, key=lambda each: each["case"]):
             shown = list(of_case)
-            parts += [f"### {case}", measured(shown)]
+            parts += [f"### {case}", measured(shown, scenario["unit"])]
             if name != "pairs":
-                parts.append(bars(out / f"{name}-{case.replace(' ', '-')}.svg", shown))
+                parts.append(bars(out / f"{name}-{case.replace(' ', '-')}.svg", shown, scenario["unit"]))
     failed = [f"* {each['system']}: {each['error'].splitlines()[-1]}" for each in rows if "error" in each]
     if failed:
         parts.append("Failed:\n\n" + "\n".join(dict.fromkeys(failed)))
@@ -257,7 +256,7 @@ def section(name: str, scenario: dict[str, Any], out: Path) -> str:
 def conditions(scenario: dict[str, Any]) -> str:
     """When and how long."""
     short = ", the short form" if scenario["quick"] else ""
-    return f"*{scenario['date']}; {scenario['rounds']} rounds of {scenario['seconds']:g} s{short}.*"
+    return f"*{scenario['date']}; rounds: {scenario['rounds']}, each system {scenario['seconds']:g} s in each{short}.*"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from benchmarks.nats_server import NatsMissing
 from benchmarks.nats_server import find_server as find_nats
 from benchmarks.rabbitmq import RabbitMQMissing
 from benchmarks.rabbitmq import find_server as find_rabbit
-from benchmarks.scenarios import Scenario
+from benchmarks.scenarios import SCENARIOS, Scenario
 
 PACKAGES = (
     "onehop", "pyzmq", "msgspec", "uvloop", "oslo.messaging", "kombu", "grpcio", "nats-py", "rpyc", "zerorpc", "gevent",
@@ -44,11 +44,15 @@ class Results:
         """Keep the rows of one scenario, in the file too."""
         self.values["scenarios"][scenario.name] = {
             "title": scenario.title,
+            "unit": scenario.unit,
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "quick": options.quick,
             "rounds": options.rounds,
             "seconds": options.seconds,
             "rows": rows,
+        }
+        self.values["scenarios"] = {
+            name: self.values["scenarios"][name] for name in SCENARIOS if name in self.values["scenarios"]
         }
         text = msgspec.json.format(msgspec.json.encode(self.values), indent=1)
         unfinished = self._path.with_suffix(".new")
@@ -84,8 +88,8 @@ def versions() -> dict[str, str]:
         pass
     try:
         # Its path tells it; the program itself would start an Erlang machine to say so.
-        if told := re.search(r"rabbitmq_server-([\d.]+)", os.path.realpath(find_rabbit())):
-            found["rabbitmq-server"] = told[1]
+        if named := re.search(r"rabbitmq_server-([\d.]+)", os.path.realpath(find_rabbit())):
+            found["rabbitmq-server"] = named[1]
     except RabbitMQMissing:
         pass
     return found

@@ -20,6 +20,8 @@ class Scenario(NamedTuple):
     """The cases of the short form; all where empty."""
     verb: str = "run"
     """What the clients do: ``run``, ``cast`` or ``fanout``."""
+    unit: str = "calls"
+    """What is counted."""
     pinned: bool = False
     """Whether client and server share one processor, a broker being free."""
     measured_by: str = ""
@@ -60,12 +62,19 @@ _TABLE = (
         tuple(Case(str(n), clients=n, servers=n, callers=4, paired=True) for n in (1, 2, 4, 8, 16)),
         tuple(Case(str(n), clients=n, servers=n, callers=4, paired=True) for n in (1, 4)),
     ),
-    Scenario("cast", "A stream of messages without an answer, decoded by the receiver", (Case("real"),), verb="cast"),
+    Scenario(
+        "cast",
+        "A stream of messages without an answer, decoded by the receiver",
+        (Case("real"),),
+        verb="cast",
+        unit="messages",
+    ),
     Scenario(
         "fanout-50",
         "To 50 receivers in five processes, again and again",
         (Case("real", servers=5, receivers=10),),
         verb="fanout",
+        unit="deliveries",
     ),
     Scenario("fanout-1000", "To 1,000 receivers at once", measured_by="many:fanout_1000"),
     Scenario(

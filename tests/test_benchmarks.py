@@ -29,7 +29,16 @@ def python(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def row(system: str, rate: float, **more: Any) -> dict[str, Any]:
     kind = "onehop" if system.startswith(("onehop", "oslo zmq")) else "peer"
-    figures = {"system": system, "kind": kind, "case": "real", "rate": rate, "p50": 50.0, "p99": 90.0, "lost": 0.0}
+    figures = {
+        "system": system,
+        "kind": kind,
+        "case": "real",
+        "message": "real",
+        "rate": rate,
+        "p50": 50.0,
+        "p99": 90.0,
+        "lost": 0.0,
+    }
     figures |= {"cpu": 1e6 / rate, "cpu_client": 5e5 / rate, "cpu_server": 5e5 / rate, "cpu_broker": 0.0}
     figures |= {"rss_client": 20.0, "rss_server": 21.0, "rss_broker": 0.0}
     return figures | {"rounds": [{"rate": rate * 0.9}, {"rate": rate * 1.1}]} | more
@@ -38,7 +47,7 @@ def row(system: str, rate: float, **more: Any) -> dict[str, Any]:
 def page(directory: Path, scenarios: dict[str, list[dict[str, Any]]]) -> str:
     """The report of these rows."""
     machine = {"cpu": "A processor", "cores": 2, "memory": "4 GiB", "virtual": True, "kernel": "6.1", "python": "3.11"}
-    told = {"title": "Title", "date": "2026-01-01 00:00", "quick": False, "rounds": 2, "seconds": 1.0}
+    told = {"title": "Title", "unit": "calls", "date": "2026-01-01 00:00", "quick": False, "rounds": 2, "seconds": 1.0}
     results = {
         "machine": machine | {"versions": {"pyzmq": "27.1"}},
         "scenarios": {name: told | {"rows": rows} for name, rows in scenarios.items()},
@@ -108,7 +117,13 @@ def test_driver_is_judged_by_what_it_costs_above_the_floor(tmp_path: Path) -> No
 
 
 def test_what_failed_is_told_and_its_goals_are_not_judged(tmp_path: Path) -> None:
-    failed = {"system": "rpyc", "kind": "peer", "case": "real", "error": "Traceback:\nrpyc needs the module rpyc"}
+    failed = {
+        "system": "rpyc",
+        "kind": "peer",
+        "case": "real",
+        "message": "real",
+        "error": "Traceback:\nrpyc needs the module rpyc",
+    }
     text = page(tmp_path, {"one-caller": [row("onehop inline", 12_000), failed]})
     assert "* rpyc: rpyc needs the module rpyc" in text
     assert verdicts(text)["onehop inline (real) / rpyc: rate"] == ("-", "not measured")
@@ -117,7 +132,7 @@ def test_what_failed_is_told_and_its_goals_are_not_judged(tmp_path: Path) -> Non
 def test_page_shows_figures_of_scenarios_that_are_measured_in_a_way_of_their_own(tmp_path: Path) -> None:
     rows = [{"system": "onehop", "kind": "onehop", "links": 1200, "kib": 31.25, "cpu_ms": 0.11, "idle_share": 0.001}]
     text = page(tmp_path, {"links": rows})
-    assert "| onehop | 1,200 | 31.2 | 0.11 | 0.001 |" in text
+    assert "| onehop | 1,200 | 31.2 | 0.11 | 0.0010 |" in text
 
 
 def test_name_that_is_unknown_is_an_error_that_says_which_there_are() -> None:
