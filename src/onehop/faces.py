@@ -1,22 +1,21 @@
-"""What the blocking and the asyncio face have in common: what their verbs return, and what they make of bytes."""
+"""What the blocking and the asyncio face have in common: a node's parts, what its verbs ask, and what they return."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 from onehop import handlers, payload
-from onehop.errors import Rejected, SettingsError, TooLarge, WireError
+from onehop.errors import Rejected, SettingsError, WireError
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
-from onehop.protocol.inbox import Request
+from onehop.protocol.calls import FAILED, Call
 from onehop.registry import open_registry
 from onehop.registry.local import LocalRegistry
 from onehop.settings import Settings
 from onehop.transport.carrier import Carrier
 from onehop.transport.engine import Engine
-from onehop.transport.requests import Attempt, Terms, serving
+from onehop.transport.requests import Attempt, Terms, describe
 from onehop.transport.sockets import ZmqCarrier
 
 
@@ -65,34 +64,6 @@ class Network(Protocol):
     def endpoint(self, node: bytes) -> str: ...
 
 
-class Serving(NamedTuple):
-    """The request that the running handler serves; see :func:`current`."""
-
-    service: str
-    server: str
-    method: str
-    sender: str
-    """The node id of the caller, in hexadecimal."""
-    request: Request
-
-    def remaining(self) -> float | None:
-        """Seconds until the caller gives up; None for never."""
-        return None if self.request.deadline is None else self.request.deadline - monotonic()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the caller gave up or is gone."""
-        return self.request.cancelled
-
-
-def current() -> Serving | None:
-    """The request that the calling handler serves; None outside of one."""
-    request = serving.get()
-    if request is None:
-        return None
-    return Serving(request.service, request.server, request.method, request.node.hex(), request)
-
-
 # Asking -------------------------------------------------------------------------------------------
 
 
@@ -118,6 +89,59 @@ def terms_of(settings: Settings, service: str, options: dict[str, Any]) -> Terms
     )
 
 
+class AnyClient:
+    """What a client of one service is in either face. Immutable but for whose turn it is; made by ``Node.client``.
+
+    Args:
+        server: only the server of that name, never another; any where empty.
+        timeout: seconds for everything; ``settings.timeout`` by default. Inside a handler a call ends no later than
+            the request that the handler serves.
+        ready_timeout: seconds that may pass while nobody offers the service; ``settings.ready_timeout`` by default.
+        monitor: the server is to give a sign of life while it works; without one for so many seconds the call ends.
+        idempotent: whether methods may be sent again after an unknown outcome; by default as the server declared them.
+        returns: the type of the reply, which is restored.
+        errors: exception classes that are made anew when a handler raised one of them.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        service: str,
+        *,
+        server: str = "",
+        timeout: float | None = None,
+        ready_timeout: float | None = None,
+        monitor: float | None = None,
+        idempotent: bool | None = None,
+        returns: Any = None,
+        errors: Sequence[type[Exception]] = (),
+    ) -> None:
+        self.service = service
+        self.server = server
+        self._options: dict[str, Any] = {
+            "server": server, "timeout": timeout, "ready_timeout": ready_timeout, "monitor": monitor,
+            "idempotent": idempotent, "returns": returns, "errors": errors,
+        }  # fmt: skip
+        self._returns = returns
+        self._errors = tuple(errors)
+        self._terms = terms_of(settings, service, self._options)
+
+    def _changed(self, options: dict[str, Any]) -> dict[str, Any]:
+        unknown = options.keys() - self._options.keys()
+        if unknown:
+            raise SettingsError(f"no option is called {unknown.pop()!r}; there are: {', '.join(self._options)}")
+        return {**self._options, **options}
+
+    def _value(self, method: str, call: Call) -> Any:
+        if call.outcome is FAILED:
+            raise handlers.rebuild(call.body, self._errors, describe(method, self._terms, call.route))
+        value = payload.decode(call.body)
+        return value if self._returns is None else payload.restore(value, self._returns)
+
+    def __repr__(self) -> str:
+        return f"<Client of {self._terms}>"
+
+
 def receipt(attempt: Attempt) -> Receipt:
     """What became of one copy of a fan-out."""
     peer, error = attempt.route.peer, attempt.error
@@ -141,33 +165,6 @@ def gathered(attempts: Sequence[Attempt], value: Callable[[Attempt], Any]) -> Ga
         except Exception as error:
             errors[key] = error
     return Gathered(replies, errors)
-
-
-# Serving ------------------------------------------------------------------------------------------
-
-
-def arguments_of(body: bytes | memoryview) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments and keywords of a request's body.
-
-    Raises:
-        BadArguments: it is something else.
-    """
-    value = payload.decode(body)
-    if type(value) is list and len(value) == 2 and type(value[0]) is list and type(value[1]) is dict:
-        return value[0], value[1]
-    raise handlers.Misfit("the body is not a pair of arguments and keywords")
-
-
-def fitting(value: Any, settings: Settings) -> bytes:
-    """The bytes of a handler's result.
-
-    Raises:
-        EncodeError, TooLarge: it has no form on the wire, or is beyond ``max_message``.
-    """
-    body = payload.encode(value)
-    if len(body) > settings.max_message:
-        raise TooLarge(f"the result has {len(body)} bytes; max_message allows {settings.max_message}")
-    return body
 
 
 # A node's parts -----------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """The blocking face."""
 
-from onehop.faces import Gathered, Receipt, ServerView, Serving, current
+from onehop.faces import Gathered, Receipt, ServerView
+from onehop.serving import Incoming, Serving, current
 from onehop.sync.client import Call, Client, Stream
 from onehop.sync.node import Node
-from onehop.sync.server import Incoming, Listener, Server
+from onehop.sync.server import Listener, Server
 
 __all__ = [
     "Call",

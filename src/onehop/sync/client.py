@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from onehop import handlers, payload
-from onehop.errors import CallCancelled, CallError, SettingsError
-from onehop.faces import Gathered, Receipt, gathered, receipt, terms_of
-from onehop.protocol import calls as protocol
+from onehop.errors import CallCancelled, CallError
+from onehop.faces import AnyClient, Gathered, Receipt, gathered, receipt
 from onehop.protocol import wire
 from onehop.protocol.calls import FAILED
 from onehop.transport.blocking import BlockingEngine, run
@@ -19,43 +18,12 @@ if TYPE_CHECKING:
     from onehop.sync.node import Node
 
 
-class Client:
-    """Calls one service. Immutable but for whose turn it is; made by :meth:`Node.client`.
+class Client(AnyClient):
+    """Calls one service, from any thread. The options are those of :class:`onehop.faces.AnyClient`."""
 
-    Args:
-        server: only the server of that name, never another; any where empty.
-        timeout: seconds for everything; ``settings.timeout`` by default. Inside a handler a call ends no later than
-            the request that the handler serves.
-        ready_timeout: seconds that may pass while nobody offers the service; ``settings.ready_timeout`` by default.
-        monitor: the server is to give a sign of life while it works; without one for so many seconds the call ends.
-        idempotent: whether methods may be sent again after an unknown outcome; by default as the server declared them.
-        returns: the type of the reply, which is restored.
-        errors: exception classes that are made anew when a handler raised one of them.
-    """
-
-    def __init__(
-        self,
-        node: Node,
-        service: str,
-        *,
-        server: str = "",
-        timeout: float | None = None,
-        ready_timeout: float | None = None,
-        monitor: float | None = None,
-        idempotent: bool | None = None,
-        returns: Any = None,
-        errors: Sequence[type[Exception]] = (),
-    ) -> None:
-        self.service = service
-        self.server = server
+    def __init__(self, node: Node, service: str, **options: Any) -> None:
+        super().__init__(node.settings, service, **options)
         self._node = node
-        self._options: dict[str, Any] = {
-            "server": server, "timeout": timeout, "ready_timeout": ready_timeout, "monitor": monitor,
-            "idempotent": idempotent, "returns": returns, "errors": errors,
-        }  # fmt: skip
-        self._returns = returns
-        self._errors = tuple(errors)
-        self._terms = terms_of(node.settings, service, self._options)
 
     def at(self, server: str) -> Client:
         """A client of the server of that name only."""
@@ -63,10 +31,7 @@ class Client:
 
     def options(self, **options: Any) -> Client:
         """A client with some options changed."""
-        unknown = options.keys() - self._options.keys()
-        if unknown:
-            raise SettingsError(f"no option is called {unknown.pop()!r}; there are: {', '.join(self._options)}")
-        return self._node.client(self.service, **{**self._options, **options})
+        return self._node.client(self.service, **self._changed(options))
 
     @property
     def proxy(self) -> Proxy:
@@ -85,12 +50,6 @@ class Client:
         engine = node._engine or node._core()
         call = engine.request(self._terms, wire.REQUEST, 0, method, payload.encode((arguments, keywords)))
         return self._value(method, call)
-
-    def _value(self, method: str, call: protocol.Call) -> Any:
-        if call.outcome is FAILED:
-            raise handlers.rebuild(call.body, self._errors, describe(method, self._terms, call.route))
-        value = payload.decode(call.body)
-        return value if self._returns is None else payload.restore(value, self._returns)
 
     def cast(self, method: str, /, *arguments: Any, **keywords: Any) -> None:
         """Have ``method`` run at one server; returns when that server has taken the request in.
@@ -151,9 +110,6 @@ class Client:
     def fanout_raw(self, method: str, body: bytes) -> list[Receipt]:
         """:meth:`fanout` with bytes."""
         return list(map(receipt, run(self._node._core().scatter(self._terms, wire.CAST, wire.FANOUT, method, body))))
-
-    def __repr__(self) -> str:
-        return f"<Client of {self._terms}>"
 
 
 class Proxy:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from onehop.interfaces import Record
-from onehop.protocol.wire import Frame
+from onehop.protocol.wire import Body, Frame
 from onehop.testing.clock import Clock
 from onehop.transport.carrier import Unreachable
 
@@ -114,7 +114,7 @@ class Link:
 
     Attributes:
         reader: called with (frame, large body or None) for each message as it arrives; where it is None, messages wait
-            for :meth:`receive`.
+            for :meth:`drain`.
         on_ended: called with the reason when the connection has ended.
     """
 
@@ -164,16 +164,14 @@ class Link:
         lane.push(_whole(frame))
         return True
 
-    def receive(self) -> Message | None:
-        """The next message as (frame, large body or None); None when there is none."""
-        if not self._arrived:
-            return None
-        self._down.unread -= 1
-        return self._arrived.popleft()
-
-    def readable(self) -> bool:
-        """Whether a message is there."""
-        return bool(self._arrived)
+    def drain(self, limit: int, into: list[tuple[bytes, Body | None]]) -> bool:
+        """Append the messages that are there, at most ``limit``; False when it ran dry."""
+        arrived = self._arrived
+        while arrived and limit > 0:
+            limit -= 1
+            self._down.unread -= 1
+            into.append(arrived.popleft())
+        return bool(arrived)
 
     def ended(self) -> str | None:
         """Why the connection ended or could not be made; None while it is being made or stands."""
@@ -282,7 +280,7 @@ class Inbound:
 
     Attributes:
         reader: called with (identity, frame, large body or None) for each message as it arrives; where it is None,
-            messages wait for :meth:`receive`.
+            messages wait for :meth:`drain`.
     """
 
     __slots__ = ("_arrived", "_network", "connections", "endpoints", "reader", "site")
@@ -315,17 +313,15 @@ class Inbound:
         self._network.count(self.site)
         return link.answer(frame)
 
-    def receive(self) -> tuple[bytes, bytes, bytes | None] | None:
-        """The next message as (identity, frame, large body or None); None when there is none."""
-        if not self._arrived:
-            return None
-        link, message = self._arrived.popleft()
-        link._up.unread -= 1
-        return link.identity, *message
-
-    def readable(self) -> bool:
-        """Whether a message is there."""
-        return bool(self._arrived)
+    def drain(self, limit: int, into: list[tuple[bytes, bytes, Body | None]]) -> bool:
+        """Append the messages that are there, at most ``limit``; False when it ran dry."""
+        arrived = self._arrived
+        while arrived and limit > 0:
+            limit -= 1
+            link, message = arrived.popleft()
+            link._up.unread -= 1
+            into.append((link.identity, *message))
+        return bool(arrived)
 
     def close(self, linger: float) -> None:
         """Give it back; what was handed over still leaves where ``linger`` (seconds) is above 0."""

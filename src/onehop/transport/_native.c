@@ -12,17 +12,20 @@
 
 #include <dlfcn.h>
 #include <errno.h>
-#include <limits.h>
 #include <poll.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
+#if PY_VERSION_HEX < 0x030D0000
+#define PyLong_AsInt _PyLong_AsInt /* its name until Python 3.13 */
+#endif
+
 /* libzmq ----------------------------------------------------------------------------------------- */
 
-/* What zmq.h says since libzmq 4. Not included, so that building needs nothing but Python, and not linked: a second
- * libzmq in the process would not know the sockets of the first. */
+/* What zmq.h says since libzmq 4. Not included, so that building needs nothing but Python; and not linked, since a
+ * second libzmq in the process would not know the sockets of the first. */
 
 typedef struct {
     _Alignas(void *) unsigned char opaque[64];
@@ -30,17 +33,17 @@ typedef struct {
 
 enum { ZMQ_DONTWAIT = 1, ZMQ_SNDMORE = 2 };
 
-#define EACH_FUNCTION(DO)                                  \
-    DO(int, zmq_msg_init, (zmq_msg_t *))                   \
-    DO(int, zmq_msg_init_size, (zmq_msg_t *, size_t))      \
-    DO(int, zmq_msg_send, (zmq_msg_t *, void *, int))      \
-    DO(int, zmq_msg_recv, (zmq_msg_t *, void *, int))      \
-    DO(int, zmq_msg_move, (zmq_msg_t *, zmq_msg_t *))      \
-    DO(int, zmq_msg_close, (zmq_msg_t *))                  \
-    DO(void *, zmq_msg_data, (zmq_msg_t *))                \
-    DO(size_t, zmq_msg_size, (const zmq_msg_t *))          \
-    DO(int, zmq_msg_more, (const zmq_msg_t *))             \
-    DO(int, zmq_errno, (void))                             \
+#define EACH_FUNCTION(DO)                             \
+    DO(int, zmq_msg_init, (zmq_msg_t *))              \
+    DO(int, zmq_msg_init_size, (zmq_msg_t *, size_t)) \
+    DO(int, zmq_msg_send, (zmq_msg_t *, void *, int)) \
+    DO(int, zmq_msg_recv, (zmq_msg_t *, void *, int)) \
+    DO(int, zmq_msg_move, (zmq_msg_t *, zmq_msg_t *)) \
+    DO(int, zmq_msg_close, (zmq_msg_t *))             \
+    DO(void *, zmq_msg_data, (zmq_msg_t *))           \
+    DO(size_t, zmq_msg_size, (const zmq_msg_t *))     \
+    DO(int, zmq_msg_more, (const zmq_msg_t *))        \
+    DO(int, zmq_errno, (void))                        \
     DO(const char *, zmq_strerror, (int))
 
 #define DECLARE(result, name, arguments) static result(*name) arguments;
@@ -57,16 +60,15 @@ enum { FUNCTIONS = sizeof functions / sizeof *functions };
 
 static void *library; /* NULL until bind() has found every function in it */
 
-static PyObject *
-bind(PyObject *Py_UNUSED(module), PyObject *path)
+static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *path)
 {
+    void *found[FUNCTIONS];
     const char *name = PyUnicode_AsUTF8(path);
     if (name == NULL)
         return NULL;
     void *opened = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
     if (opened == NULL)
         return PyErr_Format(PyExc_ImportError, "%s is not loaded: give the file of pyzmq's imported backend", name);
-    void *found[FUNCTIONS];
     for (int i = 0; i < FUNCTIONS; i++) {
         found[i] = dlsym(opened, functions[i].name);
         if (found[i] == NULL) {
@@ -81,8 +83,7 @@ bind(PyObject *Py_UNUSED(module), PyObject *path)
     Py_RETURN_NONE;
 }
 
-static int
-fail(int number)
+static int fail(int number)
 {
     PyObject *arguments = Py_BuildValue("is", number, zmq_strerror(number)); /* libzmq has numbers of its own */
     if (arguments != NULL) {
@@ -94,8 +95,7 @@ fail(int number)
 
 /* Arguments -------------------------------------------------------------------------------------- */
 
-static int
-expect(const char *name, Py_ssize_t wanted, Py_ssize_t given)
+static int expect(const char *name, Py_ssize_t wanted, Py_ssize_t given)
 {
     if (library == NULL)
         PyErr_SetString(PyExc_RuntimeError, "not bound to libzmq: call bind() first");
@@ -107,30 +107,20 @@ expect(const char *name, Py_ssize_t wanted, Py_ssize_t given)
 }
 
 /* Zero passes: libzmq answers it with ENOTSOCK, as it does an address that is no socket. */
-static int
-to_socket(PyObject *address, void **socket)
+static int to_socket(PyObject *address, void **socket)
 {
     *socket = PyLong_AsVoidPtr(address);
     return *socket == NULL && PyErr_Occurred() ? -1 : 0;
 }
 
-static int
-to_int(PyObject *number, int *value)
+static int to_int(PyObject *number, int *value)
 {
-    long wide = PyLong_AsLong(number);
-    if (wide == -1 && PyErr_Occurred())
-        return -1;
-    if (wide < INT_MIN || wide > INT_MAX) {
-        PyErr_Format(PyExc_OverflowError, "%ld does not fit into an int", wide);
-        return -1;
-    }
-    *value = (int)wide;
-    return 0;
+    *value = PyLong_AsInt(number);
+    return *value == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
 /* A message of ZeroMQ with a copy of `bytes`. */
-static int
-to_message(PyObject *bytes, zmq_msg_t *message)
+static int to_message(PyObject *bytes, zmq_msg_t *message)
 {
     char *data;
     Py_ssize_t size;
@@ -145,8 +135,7 @@ to_message(PyObject *bytes, zmq_msg_t *message)
 /* Sending ---------------------------------------------------------------------------------------- */
 
 /* 1: libzmq has taken the message; 0: there is no room; -1: an error is set. Whichever, there is nothing to close. */
-static int
-hand_over(zmq_msg_t *message, void *socket, int flags)
+static int hand_over(zmq_msg_t *message, void *socket, int flags)
 {
     while (zmq_msg_send(message, socket, flags | ZMQ_DONTWAIT) < 0) {
         int number = zmq_errno();
@@ -158,8 +147,7 @@ hand_over(zmq_msg_t *message, void *socket, int flags)
     return 1;
 }
 
-static PyObject *
-send_frame(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+static PyObject *send_frame(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
 {
     void *socket;
     zmq_msg_t frame;
@@ -169,8 +157,7 @@ send_frame(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count
     return taken < 0 ? NULL : PyBool_FromLong(taken);
 }
 
-static PyObject *
-send_frame_to(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+static PyObject *send_frame_to(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
 {
     void *socket;
     zmq_msg_t identity, frame;
@@ -198,15 +185,13 @@ typedef struct {
     zmq_msg_t message;
 } Body;
 
-static void
-body_dealloc(PyObject *self)
+static void body_dealloc(PyObject *self)
 {
     zmq_msg_close(&((Body *)self)->message);
     PyObject_Free(self);
 }
 
-static int
-body_getbuffer(PyObject *self, Py_buffer *view, int flags)
+static int body_getbuffer(PyObject *self, Py_buffer *view, int flags)
 {
     zmq_msg_t *message = &((Body *)self)->message;
     /* Read-only: inside one process it may be the sender's own memory. */
@@ -224,8 +209,7 @@ static PyTypeObject Body_Type = {
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
 };
 
-static PyObject *
-view_of(zmq_msg_t *message)
+static PyObject *view_of(zmq_msg_t *message)
 {
     Body *body = PyObject_New(Body, &Body_Type);
     if (body == NULL)
@@ -237,82 +221,68 @@ view_of(zmq_msg_t *message)
     return view;
 }
 
-static void
-close_all(zmq_msg_t *frames, int count)
+/* Receives one message up to its last frame: what is left behind would be taken for the next message, and its first
+ * frame for an identity. The first `wide` frames are kept, the place behind them takes those that nobody wants. Returns
+ * how many there were; 0 when no message is there; -1 when an error is set. */
+static int receive(void *socket, zmq_msg_t *frames, int wide)
 {
-    while (count > 0)
-        zmq_msg_close(&frames[--count]);
-}
-
-/* Receives one message to its last frame, whatever becomes of it: what is left behind would be taken for the next
- * message, and its first frame for an identity. The first `kept` frames are the caller's to close, one more place is
- * for those nobody wants. Returns how many there were; 0 when there is no message; -1 when an error is set.
- */
-static int
-receive(void *socket, zmq_msg_t *frames, int kept)
-{
-    int count = 0, more;
-    do {
-        int place = count < kept ? count : kept;
-        zmq_msg_t *frame = &frames[place];
-        zmq_msg_init(frame);
-        while (zmq_msg_recv(frame, socket, ZMQ_DONTWAIT) < 0) {
-            int number = zmq_errno();
-            if (number == EINTR)
-                continue;
-            close_all(frames, place + 1);
-            return number == EAGAIN && count == 0 ? 0 : fail(number);
+    int count = 0, more = 1;
+    while (more) {
+        zmq_msg_t *frame = &frames[count < wide ? count : wide];
+        if (zmq_msg_recv(frame, socket, ZMQ_DONTWAIT) >= 0) {
+            more = zmq_msg_more(frame);
+            count++;
+            continue;
         }
-        more = zmq_msg_more(frame);
-        if (place == kept)
-            zmq_msg_close(frame);
-        count++;
-    } while (more);
+        int number = zmq_errno();
+        if (number == EAGAIN && count == 0)
+            return 0;
+        if (number != EINTR)
+            return fail(number);
+    }
     return count;
 }
 
-/* (identity, frame, body) of a ROUTER, which is 3 `wide`, or (frame, body) of a DEALER, which is 2. A message with more
- * frames is none of ours, and one with fewer neither: its frame is shown as empty, which is refused as too short. */
-static PyObject *
-to_entry(zmq_msg_t *frames, int count, int wide)
+/* (identity, frame, body) from a ROUTER, which is 3 `wide`, or (frame, body) from a DEALER, which is 2. A message with
+ * more frames, or without one after the identity, is none of ours: its frame is empty, and refused as too short. */
+static PyObject *to_entry(zmq_msg_t *frames, int count, int wide)
 {
     PyObject *entry = PyTuple_New(wide);
     for (int i = 0; entry != NULL && i < wide; i++) {
-        int is_body = i == wide - 1, is_frame = i == wide - 2;
         PyObject *item;
-        if (is_body)
+        if (i < wide - 1) {
+            size_t size = i == wide - 2 && count > wide ? 0 : zmq_msg_size(&frames[i]);
+            item = PyBytes_FromStringAndSize(zmq_msg_data(&frames[i]), (Py_ssize_t)size);
+        } else {
             item = count < wide ? Py_NewRef(Py_None) : view_of(&frames[i]);
-        else if (is_frame && (count > wide || count <= i))
-            item = PyBytes_FromStringAndSize(NULL, 0);
-        else
-            item = PyBytes_FromStringAndSize(zmq_msg_data(&frames[i]), (Py_ssize_t)zmq_msg_size(&frames[i]));
+        }
         if (item == NULL)
             Py_CLEAR(entry);
         else
             PyTuple_SET_ITEM(entry, i, item);
     }
-    close_all(frames, count < wide ? count : wide);
     return entry;
 }
 
-static PyObject *
-drain_into(const char *name, PyObject *const *given, Py_ssize_t given_count, int wide)
+static PyObject *drain_into(const char *name, PyObject *const *given, Py_ssize_t given_count, int wide)
 {
     void *socket;
     int limit;
+    zmq_msg_t frames[4];
     if (expect(name, 3, given_count) < 0 || to_socket(given[0], &socket) < 0 || to_int(given[1], &limit) < 0)
         return NULL;
     PyObject *into = given[2];
     if (!PyList_Check(into))
         return PyErr_Format(PyExc_TypeError, "%s() appends to a list, not to %.100s", name, Py_TYPE(into)->tp_name);
     for (; limit > 0; limit--) {
-        zmq_msg_t frames[4];
+        for (int i = 0; i <= wide; i++)
+            zmq_msg_init(&frames[i]);
         int count = receive(socket, frames, wide);
-        if (count < 0)
-            return NULL;
+        PyObject *entry = count > 0 ? to_entry(frames, count, wide) : NULL;
+        for (int i = 0; i <= wide; i++)
+            zmq_msg_close(&frames[i]);
         if (count == 0)
             Py_RETURN_FALSE;
-        PyObject *entry = to_entry(frames, count, wide);
         int appended = entry == NULL ? -1 : PyList_Append(into, entry);
         Py_XDECREF(entry);
         if (appended < 0)
@@ -321,30 +291,26 @@ drain_into(const char *name, PyObject *const *given, Py_ssize_t given_count, int
     Py_RETURN_TRUE;
 }
 
-static PyObject *
-drain(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+static PyObject *drain(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
 {
     return drain_into("drain", given, count, 2);
 }
 
-static PyObject *
-drain_from(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+static PyObject *drain_from(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
 {
     return drain_into("drain_from", given, count, 3);
 }
 
 /* Waiting ---------------------------------------------------------------------------------------- */
 
-static int64_t
-now(void)
+static int64_t now(void)
 {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-static PyObject *
-wait_for(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
 {
     int fd, wake, left;
     if (expect("wait", 3, count) < 0 || to_int(given[0], &fd) < 0 || to_int(given[1], &wake) < 0 ||
@@ -382,7 +348,7 @@ wait_for(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
     {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, PyDoc_STR(name "($module, " signature ", /)\n--\n\n")}
 
 static PyMethodDef methods[] = {
-    {"bind", bind, METH_O, PyDoc_STR("bind($module, path, /)\n--\n\n")},
+    {"bind", bind_library, METH_O, PyDoc_STR("bind($module, path, /)\n--\n\n")},
     METHOD("send", send_frame, "socket, frame"),
     METHOD("send_to", send_frame_to, "socket, identity, frame"),
     METHOD("drain", drain, "socket, limit, into"),
@@ -391,8 +357,7 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static int
-execute(PyObject *Py_UNUSED(module))
+static int execute(PyObject *Py_UNUSED(module))
 {
     return PyType_Ready(&Body_Type);
 }
@@ -410,8 +375,7 @@ static struct PyModuleDef definition = {
     .m_slots = slots,
 };
 
-PyMODINIT_FUNC
-PyInit__native(void)
+PyMODINIT_FUNC PyInit__native(void)
 {
     return PyModuleDef_Init(&definition);
 }

@@ -209,7 +209,10 @@ def run(steps: Coroutine[Any, Any, Result]) -> Result:
 class BlockingEngine(Engine):
     """An engine whose callers wait in their own threads. See :class:`Engine`."""
 
-    _keeper: threading.Thread | None = None
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.changed = threading.Condition(self.lock)
+        self._keeper: threading.Thread | None = None
 
     def request(self, terms: Terms, kind: int, flags: int, method: str, body: Body) -> Call:
         """Send a request to one server and wait for its outcome.
@@ -265,8 +268,11 @@ class BlockingEngine(Engine):
     async def _sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    async def _refresh(self) -> None:
-        self.registry.refresh()
+    async def _cold(self, action: Callable[..., None], *arguments: Any) -> None:
+        action(*arguments)
+
+    def _tell_change(self) -> None:
+        self.changed.notify_all()
 
     def _receive(self, inbound: Inbound) -> None:
         inbound.start_receiver()
@@ -287,3 +293,7 @@ class BlockingEngine(Engine):
     def _stop_keeping(self) -> None:
         if self._keeper is not None and self._keeper is not threading.current_thread():
             self._keeper.join(5.0)
+
+    def forget(self) -> None:
+        super().forget()
+        self.changed = threading.Condition(self.lock)

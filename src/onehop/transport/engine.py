@@ -25,7 +25,7 @@ from onehop import errors
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
 from onehop.protocol.calls import LOST, REJECTED, REPLIED, Call, CallTable
-from onehop.protocol.inbox import Inbox, Request
+from onehop.protocol.inbox import Inbox
 from onehop.protocol.node import NodeProtocol
 from onehop.protocol.peers import Peer
 from onehop.protocol.routes import Route, Routes, choose
@@ -81,7 +81,6 @@ class Engine(ABC):
         self.registry = registry
         self.closed = False
         self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
         self.protocol = NodeProtocol(
             os.urandom(16),
             random=lambda: int.from_bytes(os.urandom(4), "big") / 2**32,
@@ -118,12 +117,12 @@ class Engine(ABC):
     # What the registry says -----------------------------------------------------------------------
 
     def _learn(self, records: Sequence[Record]) -> None:
-        with self.changed:
+        with self.lock:
             if self.closed:
                 return
             self.records = tuple(records)
             self.protocol.learn(records)
-            self.changed.notify_all()
+            self._tell_change()
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
@@ -152,8 +151,12 @@ class Engine(ABC):
         """Let a moment pass."""
 
     @abstractmethod
-    async def _refresh(self) -> None:
-        """Have the registry look whether something changed."""
+    async def _cold(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Do something that may take its time: with files, or with the registry."""
+
+    @abstractmethod
+    def _tell_change(self) -> None:
+        """Have those who :meth:`wait_for` something ask again. Called by any thread, which holds ``lock``."""
 
     @abstractmethod
     def _receive(self, inbound: Inbound) -> None:
@@ -230,9 +233,9 @@ class Engine(ABC):
         """A frame from ``peer`` that is for no call."""
         ended: list[Call] = []
         try:
-            with self.changed:
+            with self.lock:
                 ready = self.protocol.control(peer, frame, monotonic(), ended)
-                self.changed.notify_all()
+                self._tell_change()
         except errors.WireError:
             raise
         except errors.ProtocolError as error:
@@ -247,13 +250,13 @@ class Engine(ABC):
         """The connection is over. Its calls end; the socket is closed by the housekeeping."""
         if not link.end(why):
             return
-        with self.changed:
+        with self.lock:
             if peer.link is link:
                 peer.link = None
                 self.protocol.lost(peer, why, monotonic())
             self._links.pop(peer.id, None)
             self._ended_links.append(link)
-            self.changed.notify_all()
+            self._tell_change()
         self._wake.set()
 
     # Requests -------------------------------------------------------------------------------------
@@ -493,7 +496,7 @@ class Engine(ABC):
         request = serving.get()
         if request is not None and request.deadline is not None:
             until = min(until, request.deadline)
-        await self._refresh()
+        await self._cold(self.registry.refresh)
         with self.lock:
             self.protocol.rouse()
         everyone, waiting = [], []
@@ -603,12 +606,9 @@ class Engine(ABC):
         """
         until = monotonic() + (self.settings.drain_timeout if timeout is None else timeout)
         if queue is not None:
-            self.withdraw(queue)
+            await self._cold(self.withdraw, queue)
         elif self.inbound is not None:
-            with self._announcing:
-                self._draining = True
-                self.inbound.change(Inbox.drain, "draining")
-                self.registry.withdraw()
+            await self._cold(self._begin_drain, self.inbound)
         inbox = self.protocol.inbox
         while any(queue is None or request.target is queue for request in list(inbox.taken)):
             if monotonic() >= until:
@@ -618,6 +618,12 @@ class Engine(ABC):
             # Replies went before it on each connection: what a caller has no answer to now did not run.
             self.inbound.change(lambda inbox: inbox.drain("drained", final=True))
         return True
+
+    def _begin_drain(self, inbound: Inbound) -> None:
+        with self._announcing:
+            self._draining = True
+            inbound.change(Inbox.drain, "draining")
+            self.registry.withdraw()
 
     # Housekeeping ---------------------------------------------------------------------------------
 
@@ -652,11 +658,11 @@ class Engine(ABC):
                 peer = self.protocol.peers.peers.get(id)
                 if peer is not None:
                     self._lost(peer, link, why)
-        with self.changed:
+        with self.lock:
             before = self.protocol.routes
             self.protocol.handle_timer(now)
             if self.protocol.routes is not before:
-                self.changed.notify_all()
+                self._tell_change()
         if now - self._looked >= SLOW_TICK:
             self._looked = now
             for id, link in links:
@@ -697,26 +703,36 @@ class Engine(ABC):
 
     def close(self, linger: float = 1.0) -> None:
         """End everything now. Calls under way end as lost; requests taken and not answered go unanswered."""
+        if self.end():
+            self.dispose(linger)
+
+    def end(self) -> bool:
+        """The first half of :meth:`close`: nothing begins any more, and every call has its outcome. False if done."""
         with self.lock:
             if self.closed:
-                return
+                return False
             self.closed = True
-            self.changed.notify_all()
-            links = list(self._links.items())
+            self._tell_change()
+            links = list(self._links.values())
             self._links.clear()
-        try:
-            self.registry.close()
-        except errors.RegistryError as error:
-            log.warning("the registry did not let go of node %s: %s", self.protocol.id.hex(), error)
+            self._ended_links += links
         self._wake.set()
         for offer in self._offers:
             offer.queue.stop()
         self._stop_keeping()
-        for _id, link in links:
+        for link in links:
             link.post(None, wire.goodbye())
             link.look()
             link.end("this node was closed")
-        closed = [link.close(GOODBYE_LINGER) for link in [*(link for _id, link in links), *self._ended_links]]
+        return True
+
+    def dispose(self, linger: float) -> None:
+        """The second half, which may take its time: give back what is held. Used by one thread."""
+        try:
+            self.registry.close()
+        except errors.RegistryError as error:
+            log.warning("the registry did not let go of node %s: %s", self.protocol.id.hex(), error)
+        closed = [link.close(GOODBYE_LINGER) for link in self._ended_links]
         if (self.inbound is None or self.inbound.close(linger)) and all(closed):
             self.carrier.close()  # else a thread is still in a socket, which only the end of the process may take away
 
@@ -724,13 +740,8 @@ class Engine(ABC):
         """In a forked child: nothing of the parent's is touched any more, by whoever still holds a part of this."""
         self.closed = True
         self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
         self.registry.forget()
         for link in list(self._links.values()):
             link.forget()
         if self.inbound is not None:
             self.inbound.forget()
-
-    def expired(self, request: Request) -> bool:
-        """Whether ``request`` must not be run any more."""
-        return self.protocol.inbox.expired(request, monotonic())

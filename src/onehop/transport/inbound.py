@@ -173,6 +173,7 @@ class Inbound:
         self.counts: Counter[str] = Counter()
         self.has_receiver = False
         self.resting = False
+        self.led_by_loop = False
         self._inbox = inbox
         self._monitored = monitored
         self._lock = new_lock()
@@ -189,7 +190,7 @@ class Inbound:
         self._running = new_lock()
         self._watched: dict[Queue, int] = {}
         self._watched_at = 0.0
-        self._closing = False
+        self.closing = False
         self._closed = False
 
     # Answers --------------------------------------------------------------------------------------
@@ -208,10 +209,14 @@ class Inbound:
         self._out.append((request, frame, last))
         self.turn()
 
-    def refuse(self, request: Request, reason: str) -> None:
-        """Answer that ``request`` did not run, and count it; a cast only gives its room back."""
+    def count_refused(self, reason: str) -> None:
+        """Count a request that is answered as not run."""
         with self._lock:
             self._inbox.refused[reason] += 1
+
+    def refuse(self, request: Request, reason: str) -> None:
+        """Answer that ``request`` did not run, and count it; a cast only gives its room back."""
+        self.count_refused(reason)
         self.answer(request, wire.reject(request.id, reason) if request.kind == wire.REQUEST else None)
 
     def change(self, action: Callable[..., None], *arguments: Any) -> None:
@@ -283,7 +288,7 @@ class Inbound:
         try:
             if self._out:
                 self._send(moved)
-            if not self._closing:
+            if not self.closing:
                 more = self._take_in(moved)
         finally:
             self._more = more
@@ -340,23 +345,28 @@ class Inbound:
                 self._watched.setdefault(target, -1)
         if filled is not None and self.resting and not leading:
             self._wake.set()
-        # Not at once: the answer's own turn may bring in the next request, and so on without an end to the depth.
-        while self._inline and self._running.acquire(False):
-            try:
+        if self._inline:
+            if leading or not self.led_by_loop:
                 self._run_inline()
-            finally:
-                self._running.release()
+            else:
+                self._wake.set()
 
     def _run_inline(self) -> None:
+        # Not where they come in: the turn of an answer may bring the next request, and so on without an end to the
+        # depth.
         inline = self._inline
-        kept = 0
-        while inline:
-            request = inline.popleft()
-            request.target.run(request)
-            kept += 1
-            if not inline or kept >= TOGETHER:
+        while inline and self._running.acquire(False):
+            try:
                 kept = 0
-                self.turn()
+                while inline:
+                    request = inline.popleft()
+                    request.target.run(request)
+                    kept += 1
+                    if not inline or kept >= TOGETHER:
+                        kept = 0
+                        self.turn()
+            finally:
+                self._running.release()
 
     # Receiving ------------------------------------------------------------------------------------
 
@@ -415,7 +425,7 @@ class Inbound:
         """Lead until ``queue`` has a request, ``until`` has come, or the socket closes."""
         self._leading_for = queue
         try:
-            while not self._closing:
+            while not self.closing:
                 self._lock.acquire()
                 self._pump(queue, leading=True)
                 # What was handed over may have been run and answered here, with a look of its own.
@@ -441,6 +451,41 @@ class Inbound:
             self._leading_for = None
             self.resting = False
 
+    def enter_loop(self) -> tuple[int, int]:
+        """From now on an event loop leads, by :meth:`lead`. Returns the descriptors that call for it."""
+        self._lead.acquire()
+        self.has_receiver = self.led_by_loop = True
+        return self.socket.fd, self._wake.fd
+
+    def lead(self) -> float:
+        """One turn of a leader that waits elsewhere.
+
+        Returns:
+            Seconds after which it is to come again, if no descriptor calls for it earlier.
+        """
+        self.resting = False
+        self._wake.clear()
+        if self.closing:
+            return FOREVER
+        self._lock.acquire()
+        self._pump(leading=True)
+        self._run_inline()
+        if self._more or self._out:
+            return 0.0
+        if self._watched:
+            now = monotonic()
+            if now - self._watched_at >= RESTLESS:
+                self._watch(now)
+            return RESTLESS
+        self.resting = True
+        return 0.0 if self._out or self._watched or self._inline else FOREVER
+
+    def leave_loop(self) -> tuple[int, int]:
+        """The event loop leads no more. Returns the descriptors that called for it."""
+        self.led_by_loop = False
+        self._lead.release()
+        return self.socket.fd, self._wake.fd
+
     def _watch(self, now: float) -> None:
         """Wake a worker where requests wait and none was begun since the last time."""
         self._watched_at = now
@@ -452,7 +497,7 @@ class Inbound:
 
     def forget(self) -> None:
         """In a forked child: the socket is the parent's."""
-        self._closing = self._closed = True
+        self.closing = self._closed = True
         self._lock, self._lead, self._running = new_lock(), new_lock(), new_lock()
 
     def close(self, linger: float) -> bool:
@@ -461,7 +506,7 @@ class Inbound:
         Returns:
             Whether the socket could be given back.
         """
-        self._closing = True
+        self.closing = True
         self._wake.set()
         if not acquire(self._lead, PATIENCE):
             return False  # an inline handler hangs: the socket stays with the thread that has it

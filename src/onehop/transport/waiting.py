@@ -85,10 +85,14 @@ class Wake:
             ready = [(fd, 0) for fd in select.select(self._both, (), (), max(seconds, 0.0))[0]]
         for fd, _ in ready:
             if fd == self.fd:
-                try:
-                    os.eventfd_read(fd)
-                except BlockingIOError:
-                    pass
+                self.clear()
+
+    def clear(self) -> None:
+        """Take back what :meth:`set` did, if anything."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            pass
 
     def set(self) -> None:
         """End the wait under way, or the next one."""
