@@ -49,9 +49,9 @@ def number(value: float | None) -> str:
     return f"{value:.1f}" if size >= 10 else f"{value:#.2g}" if size < 1 else f"{value:.2f}"
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, figures to the right."""
-    lines = [headings, ["---", *["--:"] * (len(headings) - 1)], *rows]
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table; the first columns to the left, which are text, figures to the right."""
+    lines = [headings, ["---"] * texts + ["--:"] * (len(headings) - texts), *rows]
     return "\n".join(f"| {' | '.join(each)} |" for each in lines)
 
 
