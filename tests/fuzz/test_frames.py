@@ -106,7 +106,7 @@ class Servant:
             "taken": len(inbox.taken),
             "senders": len(inbox.senders),
             "windows": len(inbox._windows),
-            "calls": len(inbox._calls),
+            "calls": sum(len(sender.calls) for sender in inbox.senders.values()),
             "beats": len(inbox._beats),
         }
 
@@ -128,12 +128,10 @@ class Asker:
             self.table.begin(call)
 
     def take(self, frame: bytes, second: bytes | None) -> None:
-        if wire.kind_of(frame) < wire.FIRST_FOR_CALLS:
-            return
         moved: list[Call] = []
         pending = len(self.table.pending)
         with suppress(WireError):
-            self.table.receive(frame, second, moved)
+            assert self.table.receive(frame, second, moved) == (wire.kind_of(frame) >= wire.FIRST_FOR_CALLS)
         ended = {call.id for call in moved if call.outcome is not None}
         assert pending - len(self.table.pending) == len(ended), "a call leaves the table only with an outcome"
         self.ended += len(ended)

@@ -80,8 +80,7 @@ class Conversation:
     def deliver(self, frame: wire.Frame, now: float = 0.0) -> bool:
         """Give the caller one message of the server's, as a link does."""
         head, body = (frame, None) if isinstance(frame, bytes) else frame
-        if wire.kind_of(head) >= wire.FIRST_FOR_CALLS:
-            self.peer.calls.receive(head, body, self.news)
+        if self.peer.calls.receive(head, body, self.news):
             return False
         return self.caller.control(self.peer, head, now, self.news)
 

@@ -166,10 +166,38 @@ def test_answer_of_another_kind_than_what_was_asked_is_refused_and_ends_nothing(
     assert call.id in table.pending
 
 
-@pytest.mark.parametrize("kind", [0, wire.HELLO, wire.REQUEST, wire.GOODBYE, 22, 255])
+@pytest.mark.parametrize("kind", [22, 255])
 def test_kind_that_is_no_answer_is_refused(kind: int) -> None:
     with pytest.raises(WireError, match=f"kind {kind} does not go from a server to a caller"):
         receive(CallTable(), wire.HEADER.pack(kind, 0, 0, 0, 1))
+
+
+@pytest.mark.parametrize("kind", [0, wire.HELLO, wire.REQUEST, wire.GOODBYE, wire.PING])
+def test_frame_that_is_for_no_call_is_left_to_who_gave_it_and_changes_nothing(kind: int) -> None:
+    table, moved = CallTable(), []
+    call = begun(table)
+    assert table.receive(wire.HEADER.pack(kind, 0, 9, 0, call.id), None, moved) is False
+    assert (moved, call.outcome, table.pending, table.load, table.late) == ([], None, {call.id: call}, 0, 0)
+
+
+@pytest.mark.parametrize("size", [0, 1, wire.HEADER_SIZE - 1])
+def test_frame_without_a_whole_header_is_refused(size: int) -> None:
+    table = CallTable()
+    call = begun(table)
+    with pytest.raises(WireError, match=f"a frame of {size} bytes"):
+        receive(table, wire.pack(wire.PROGRESS, id=call.id)[:size])
+    assert call.signs == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_frame_that_is_for_a_call_is_taken_whether_somebody_waits_for_it_or_not(late: bool) -> None:
+    table = CallTable()
+    call = stream(table, 1)
+    frames = [LATE["progress"], LATE["item"], LATE["reply"]]
+    if late:
+        assert table.give_up(call)
+    assert [table.receive(frame, None, []) for frame in frames] == [True] * 3
+    assert table.late == (3 if late else 0)
 
 
 def test_acknowledgement_that_is_no_row_of_ids_changes_nothing() -> None:

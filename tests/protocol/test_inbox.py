@@ -21,10 +21,12 @@ from onehop.protocol.inbox import (
     WINDOW_KEPT,
     WINDOWS_KEPT,
     Inbox,
+    Message,
     Request,
     Window,
 )  # fmt: skip
 
+IDENTITY = b"\0conn"
 OTHER = b"another-node-001"
 
 
@@ -367,6 +369,14 @@ def test_answer_to_a_server_is_a_bad_frame(talk: Any, kind: int) -> None:
     assert talk.inbox.counts == {"bad frames": 1}
 
 
+@pytest.mark.parametrize("size", [0, 1, wire.HEADER_SIZE - 1])
+def test_frame_without_a_whole_header_is_a_bad_frame_and_those_behind_it_are_read(talk: Any, size: int) -> None:
+    frame = talk.frame(1)
+    talk.inbox.receive_all([(IDENTITY, frame[:size], None), (IDENTITY, frame, None)], 0.0, talk.moved)
+    assert talk.inbox.counts == {"bad frames": 1}
+    assert [request.id for request in talk.moved] == [1]
+
+
 # Duplicates ---------------------------------------------------------------------------------------
 
 
@@ -579,6 +589,330 @@ def test_connection_that_sends_is_not_probed(talk: Any) -> None:
     assert not talk.inbox.outgoing
 
 
+# Several at once ----------------------------------------------------------------------------------
+
+
+def batch_of(*frames: wire.Frame, identity: bytes = IDENTITY) -> list[Message]:
+    return [(identity, *((frame, None) if isinstance(frame, bytes) else frame)) for frame in frames]
+
+
+def answers(inbox: Inbox) -> list[tuple[int, int]]:
+    """Kind and number of each frame that is to be sent; takes them."""
+    outgoing, inbox.outgoing = inbox.outgoing, []
+    return [(head.kind, head.id) for head in (wire.header(frame) for _, frame in outgoing)]
+
+
+def forget_the_way(inbox: Inbox) -> None:
+    """What is offered changes for a moment: nothing is known of where a plain request goes."""
+    target: list[Any] = []
+    inbox.offer("for a moment", "a", target)
+    inbox.withdraw("for a moment", "a", target)
+
+
+def test_messages_are_taken_out_of_the_list_they_came_in(talk: Any) -> None:
+    messages = batch_of(*(talk.frame(id) for id in range(1, 6)))
+    talk.inbox.receive_all(messages, 0.0, talk.moved)
+    assert messages == []
+    assert [request.id for request in talk.moved] == [1, 2, 3, 4, 5]
+    talk.inbox.receive_all(messages, 0.0, talk.moved)
+    assert len(talk.moved) == 5
+
+
+def test_casts_of_one_connection_are_acknowledged_together_in_the_order_they_came(talk: Any) -> None:
+    talk.carry(hello_of(OTHER), identity=b"\0two")
+    talk.inbox.outgoing.clear()
+    talk.queue.waiting = 3
+    ours = [talk.frame(id, wire.CAST) for id in (4, 2, 9)]
+    theirs = [talk.frame(id, wire.CAST) for id in (7, 5)]
+    messages = [*batch_of(*ours[:2]), *batch_of(*theirs, identity=b"\0two"), *batch_of(talk.frame(1), ours[2])]
+    talk.inbox.receive_all(messages, 0.0, talk.moved)
+    assert talk.inbox.outgoing == [(IDENTITY, wire.ack([4, 2, 9], 3)), (b"\0two", wire.ack([7, 5], 3))]
+    assert [request.id for request in talk.moved] == [4, 2, 7, 5, 1, 9]
+
+
+def test_casts_that_take_the_long_way_are_acknowledged_with_the_others(talk: Any) -> None:
+    talk.offer("alarm", "b")
+    large = bytes(wire.SECOND_FRAME_FROM)
+    frames = [
+        talk.frame(1, wire.CAST),
+        talk.frame(2, wire.CAST, wire.FANOUT),
+        talk.frame(3, wire.CAST, service="alarm"),
+        talk.frame(4, wire.CAST, body=large),
+        talk.frame(5, wire.CAST),
+    ]
+    talk.inbox.receive_all(batch_of(*frames), 0.0, talk.moved)
+    assert talk.inbox.outgoing == [(IDENTITY, wire.ack([1, 2, 3, 4, 5]))]
+
+
+def test_casts_acknowledged_together_end_as_taken_at_their_caller(talk: Any) -> None:
+    begun = [talk.begin(wire.CAST) for _ in range(3)]
+    talk.inbox.receive_all(batch_of(*(frame for _, frame in begun)), 0.0, talk.moved)
+    talk.carry_back()
+    assert [call.outcome for call, _ in begun] == [TAKEN] * 3
+
+
+def test_refused_cast_is_not_among_those_acknowledged(talk: Any) -> None:
+    frames = [talk.frame(1, wire.CAST), talk.frame(2, wire.CAST, remaining=0.0), talk.frame(3, wire.CAST)]
+    talk.inbox.receive_all(batch_of(*frames), 0.0, talk.moved)
+    assert talk.inbox.outgoing == [(IDENTITY, wire.reject(2, "expired")), (IDENTITY, wire.ack([1, 3]))]
+
+
+class Crowd(list[Message]):
+    """Messages of which one is interrupted while it is looked at, as by Ctrl-C."""
+
+    def __init__(self, messages: list[Message], at: int) -> None:
+        super().__init__(messages)
+        self.at: int | None = at
+
+    def __iter__(self) -> Any:
+        for number, message in enumerate(super().__iter__()):
+            if number == self.at:
+                self.at = None
+                raise KeyboardInterrupt
+            yield message
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("at", range(5))
+def test_interrupt_among_messages_loses_none_of_them(talk: Any, at: int, warm: bool) -> None:
+    talk.carry(talk.frame(99))
+    if not warm:
+        forget_the_way(talk.inbox)
+    messages = Crowd(batch_of(*(talk.frame(id, wire.CAST) for id in range(1, 6))), at)
+    talk.moved.clear()
+    with pytest.raises(KeyboardInterrupt):
+        talk.inbox.receive_all(messages, 0.0, talk.moved)
+    assert [request.id for request in talk.moved] == list(range(1, at + 1))
+    talk.inbox.receive_all(messages, 0.0, talk.moved)
+    assert [request.id for request in talk.moved] == [1, 2, 3, 4, 5]
+    assert messages == []
+    acknowledged = [wire.acked(frame) for _, frame in talk.inbox.outgoing]
+    assert [id for ids in acknowledged for id in ids] == [1, 2, 3, 4, 5]
+
+
+class Interrupted(bytes):
+    """The name of a connection that interrupts who looks it up: in the midst of a message."""
+
+    def __hash__(self) -> int:
+        raise KeyboardInterrupt
+
+
+def test_interrupt_in_a_message_loses_that_one_and_no_other(talk: Any) -> None:
+    messages = batch_of(*(talk.frame(id) for id in range(1, 6)))
+    messages[2] = Interrupted(IDENTITY), *messages[2][1:]
+    with pytest.raises(KeyboardInterrupt):
+        talk.inbox.receive_all(messages, 0.0, talk.moved)
+    assert len(messages) == 2
+    talk.inbox.receive_all(messages, 0.0, talk.moved)
+    assert [request.id for request in talk.moved] == [1, 2, 4, 5]
+    assert talk.inbox.taken_bytes == sum(request.size for request in talk.moved)
+
+
+# The express lane ---------------------------------------------------------------------------------
+
+# Of what a message may be made. Numbers come again and run out of the window, names are known and unknown, extents lie,
+# room is short: whatever is said of a request must not depend on the way it took.
+FRAMES = st.tuples(
+    st.sampled_from([wire.REQUEST, wire.CAST]),
+    st.sampled_from([0, 0, 0, 0, wire.STREAM, wire.FANOUT]),
+    st.integers(0, 14),
+    st.sampled_from([None, 5.0, 5.0, 0.0]),
+    st.sampled_from([None, None, None, 2.0]),
+    st.sampled_from([("clock", ""), ("clock", "a"), ("alarm", ""), ("alarm", "b"), ("lock", ""), ("alarm", "z")]),
+    st.sampled_from([b"", b"body", bytes(400), bytes(wire.SECOND_FRAME_FROM)]),
+    st.sampled_from([0, 0, 0, 0, 1, 500, -1]),
+)  # fmt: skip
+OTHERS = st.one_of(
+    st.builds(
+        lambda kind, id: wire.pack(kind, number=2, id=id), st.sampled_from(sorted(wire.KINDS)), st.integers(0, 14)
+    ),
+    st.just(hello_of(OTHER)),
+    st.binary(max_size=20),
+)
+CONNECTIONS = st.sampled_from([IDENTITY, IDENTITY, b"\0two", b"\0new"])
+CHANGES = st.sampled_from(["offer", "withdraw", "finish", "gone", "timer", "drain"])
+STEPS = st.lists(st.lists(st.tuples(CONNECTIONS, FRAMES | OTHERS), max_size=12) | CHANGES, max_size=12)
+
+
+def message_of(identity: bytes, made: Any) -> Message:
+    if isinstance(made, bytes):
+        return identity, made, None
+    kind, flags, id, remaining, monitor, (service, server), body, beyond = made
+    frame = wire.request(kind, flags, id, remaining, monitor, wire.names(service, server, "read"), body)
+    head, second = (frame, None) if isinstance(frame, bytes) else frame
+    extent = int.from_bytes(head[2:4], "little") + beyond
+    return identity, head[:2] + extent.to_bytes(2, "little") + head[4:], second
+
+
+class Taker:
+    """An inbox that is given the same messages in its own way."""
+
+    def __init__(self) -> None:
+        self.inbox = Inbox(b"s" * 16, messages=12, size=2 * wire.SECOND_FRAME_FROM, reach=4)
+        self.queues = {name: [name] for name in ("clock a", "alarm a", "alarm b")}
+        for name in self.queues:
+            self.inbox.offer(*name.split(), self.queues[name])
+        self.moved: list[Request] = []
+        for identity, node in ((IDENTITY, OTHER), (b"\0two", b"third-node-00001")):
+            self.inbox.receive(identity, hello_of(node, first=2), None, 0.0, self.moved)
+
+    def change(self, how: str, now: float) -> None:
+        inbox, extra = self.inbox, self.queues.setdefault("clock b", ["clock b"])
+        match how:
+            case "offer":
+                inbox.offer("clock", "b", extra)
+            case "withdraw":
+                inbox.withdraw("clock", "b", extra)
+            case "finish":
+                for request in list(inbox.taken)[::2]:
+                    assert inbox.finish(request)
+            case "gone":
+                inbox.gone(IDENTITY)
+                inbox.receive(IDENTITY, hello_of(OTHER), None, now, self.moved)
+            case "timer":
+                inbox.handle_timer(now)
+            case "drain":
+                inbox.drain()
+
+    def state(self) -> dict[str, Any]:
+        """All that may be seen of it; who was acknowledged with whom is left open."""
+        inbox = self.inbox
+        acknowledged: dict[bytes, list[int]] = {}
+        answered: dict[bytes, list[Any]] = {}
+        for identity, frame in inbox.outgoing:
+            if isinstance(frame, bytes) and wire.kind_of(frame) == wire.ACK:
+                acknowledged.setdefault(identity, []).extend(wire.acked(frame))
+            else:
+                answered.setdefault(identity, []).append(frame)
+        return {
+            "moved": [self.told(request) for request in self.moved],
+            "taken": ([self.told(request) for request in inbox.taken], inbox.taken_bytes),
+            "refused": inbox.refused,
+            "counts": inbox.counts,
+            "acknowledged": {identity: sorted(ids) for identity, ids in acknowledged.items()},
+            "answered": answered,
+            "senders": {
+                identity: (sender.node, sender.heard, {id: self.told(each) for id, each in sender.calls.items()})
+                for identity, sender in inbox.senders.items()
+            },
+            "windows": {node: (each._highest, each._missing) for node, each in inbox._windows.items()},
+            "timer": inbox.timer(),
+        }
+
+    def told(self, request: Request) -> tuple[Any, ...]:
+        return (
+            request.identity, request.node, request.kind, request.flags, request.id, request.names, request.body,
+            request.deadline, request.monitor, request.size, request.target, request.granted, request.cancelled,
+        )  # fmt: skip
+
+
+@given(STEPS)
+def test_express_lane_leaves_what_the_long_way_leaves(steps: list[Any]) -> None:
+    alone, warm, together = Taker(), Taker(), Taker()
+    for now, step in enumerate(steps):
+        if isinstance(step, str):
+            for taker in (alone, warm, together):
+                taker.change(step, float(now))
+            continue
+        messages = [message_of(identity, made) for identity, made in step]
+        for message in messages:
+            forget_the_way(alone.inbox)
+            alone.inbox.receive(*message, float(now), alone.moved)
+            warm.inbox.receive(*message, float(now), warm.moved)
+        together.inbox.receive_all(messages, float(now), together.moved)
+        assert messages == []
+        assert warm.state() == alone.state()
+        assert together.state() == alone.state()
+
+
+def test_plain_request_is_known_by_its_address_from_the_second_on(talk: Any) -> None:
+    for kind in (wire.REQUEST, wire.CAST) * 2:
+        talk.request(kind, now=10.0, remaining=5.0)
+    talk.request(now=10.0, remaining=None)
+    first, *others = talk.moved
+    for request in others:
+        assert (request.names, request.target, request.body) == (first.names, first.target, first.body)
+        assert (request.flags, request.monitor, request.size) == (0, None, first.size)
+    assert [request.deadline for request in talk.moved] == [15.0] * 4 + [None]
+    assert [request.id for request in talk.moved] == [1, 2, 3, 4, 5]
+    assert talk.inbox.taken_bytes == 5 * first.size
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("kind", [wire.REQUEST, wire.CAST])
+def test_header_whose_extent_lies_beyond_its_frame_is_malformed_even_where_its_name_is_known(
+    talk: Any, kind: int, warm: bool
+) -> None:
+    if warm:
+        talk.request(body=b"")
+    head = talk.frame(7, kind, body=b"")
+    lying = head[:2] + (int.from_bytes(head[2:4], "little") + 1).to_bytes(2, "little") + head[4:]
+    talk.moved.clear()
+    talk.carry(lying)
+    assert not talk.moved
+    [(_, frame)] = talk.inbox.outgoing
+    assert wire.rejection(frame)[0] == "malformed"
+    assert talk.inbox.counts == {"bad frames": 1}
+    talk.carry(head)
+    assert [request.id for request in talk.moved] == [7], "its number was not used up"
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_draining_server_refuses_what_took_the_express_lane_before(talk: Any, warm: bool) -> None:
+    if warm:
+        talk.request()
+        talk.request()
+    talk.inbox.drain()
+    call = talk.request()
+    talk.carry_back()
+    assert (call.outcome, call.body[0]) == (REJECTED, "draining")
+    assert len(talk.moved) == 2 * warm
+
+
+def test_drain_among_the_messages_of_a_moment_refuses_those_behind_it(talk: Any) -> None:
+    talk.request()
+    talk.inbox.receive_all(batch_of(talk.frame(2), talk.frame(3)), 0.0, talk.moved)
+    talk.inbox.drain()
+    talk.inbox.outgoing.clear()
+    talk.inbox.receive_all(batch_of(talk.frame(4), talk.frame(5)), 0.0, talk.moved)
+    assert [request.id for request in talk.moved] == [1, 2, 3]
+    assert answers(talk.inbox) == [(wire.REJECT, 4), (wire.REJECT, 5)]
+
+
+def test_withdrawn_instance_gets_nothing_more_by_the_express_lane(talk: Any) -> None:
+    talk.request()
+    talk.request()
+    talk.inbox.withdraw("clock", "a", talk.queue)
+    call = talk.request()
+    talk.carry_back()
+    assert call.body[0] == "no service"
+    assert len(talk.moved) == 2
+
+
+def test_second_instance_gets_its_share_of_what_took_the_express_lane_before(talk: Any) -> None:
+    for _ in range(3):
+        talk.request()
+    second = talk.offer("clock", "b")
+    talk.moved.clear()
+    for _ in range(4):
+        talk.request()
+    assert sum(request.target is second for request in talk.moved) == 2
+    talk.inbox.withdraw("clock", "b", second)
+    talk.moved.clear()
+    for _ in range(3):
+        talk.request()
+    assert all(request.target is talk.queue for request in talk.moved)
+
+
+def test_goodbye_among_the_messages_of_a_moment_ends_what_is_behind_it(talk: Any) -> None:
+    talk.request()
+    talk.moved.clear()
+    talk.inbox.receive_all(batch_of(talk.frame(2), wire.goodbye(), talk.frame(3)), 0.0, talk.moved)
+    assert [(request.id, request.cancelled) for request in talk.moved] == [(2, True), (1, True), (2, True)]
+    assert answers(talk.inbox) == [(wire.REJECT, 3)]
+    assert talk.inbox.refused == {"hello first": 1}
+
+
 # Everything together ------------------------------------------------------------------------------
 
 
@@ -626,4 +960,5 @@ def test_room_is_given_back_exactly_and_nothing_runs_twice_whatever_happens(step
     assert len(ran) == len({id(request) for request in moved}), "a request that comes twice runs once at each instance"
     for request in list(inbox.taken):
         assert inbox.finish(request)
-    assert (inbox.taken_bytes, inbox._calls, inbox._beats) == (0, {}, {})
+    assert (inbox.taken_bytes, inbox._beats) == (0, {})
+    assert not any(sender.calls for sender in inbox.senders.values())
