@@ -87,12 +87,11 @@ class CarrierArm:
         messages: list[Any] = []
 
         def take() -> bool:
-            while len(messages) < number and socket.readable():
-                message = socket.receive()
-                if message is None:
-                    break
-                *front, body = message
-                messages.append((*front, None if body is None else bytes(body)))
+            more = True
+            while more and len(messages) < number:
+                found: list[Any] = []
+                more = socket.drain(number - len(messages), found)
+                messages.extend((*front, None if body is None else bytes(body)) for *front, body in found)
             return len(messages) >= number
 
         self.wait(take, within)

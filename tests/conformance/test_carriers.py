@@ -23,6 +23,12 @@ def numbers(messages: list[Any]) -> list[int]:
     return [wire.header(message[-2]).id for message in messages]
 
 
+def ran_dry(socket: Any) -> bool:
+    """Whether a look found nothing at all."""
+    found: list[Any] = []
+    return socket.drain(1, found) is False and found == []
+
+
 def test_messages_to_an_inbound_socket_arrive_whole_and_in_order(arm: Any) -> None:
     inbound, link, identity = arm.joined()
     for number in range(500):
@@ -121,7 +127,7 @@ def test_a_connection_that_its_caller_closed_becomes_unreachable(arm: Any) -> No
 
     def is_unreachable() -> bool:
         try:
-            inbound.receive()  # ZeroMQ hears of ends only when it is asked for something
+            inbound.drain(1, [])  # ZeroMQ hears of ends only when it is asked for something
             inbound.send(identity, ping(1))
         except Unreachable:
             return True
@@ -156,9 +162,9 @@ def test_what_lingers_arrives_before_the_end_of_an_inbound_socket(arm: Any) -> N
         assert inbound.send(identity, ping(number))
     arm.closed(inbound, 2.0)
     assert arm.wait(link.ended, 5.0)
-    arrived = []
-    while link.readable():
-        arrived.append(link.receive())
+    arrived: list[Any] = []
+    while link.drain(64, arrived):
+        pass
     assert numbers(arrived) == list(range(300))
 
 
@@ -197,12 +203,51 @@ def test_an_answer_to_a_peer_that_never_reads_is_refused_at_last_and_holds_up_no
     assert arm.wait(lambda: inbound.send(identity, ping(sent)), 5.0)
 
 
-def test_nothing_to_receive_is_none(arm: Any) -> None:
+def test_nothing_to_receive_adds_nothing_and_says_so(arm: Any) -> None:
     inbound, link, _ = arm.joined()
-    assert not inbound.readable()
-    assert inbound.receive() is None
-    assert not link.readable()
-    assert link.receive() is None
+    for socket in (inbound, link):
+        found = ["what was there before"]
+        assert socket.drain(64, found) is False
+        assert found == ["what was there before"]
+
+
+@pytest.mark.parametrize("of_link", [True, False])
+def test_no_more_is_taken_than_the_limit_and_what_is_left_is_told_and_comes_next(arm: Any, of_link: bool) -> None:
+    inbound, link, identity = arm.joined()
+    reader = link if of_link else inbound
+    for number in range(100):
+        assert inbound.send(identity, ping(number)) if of_link else arm.sent(link, ping(number))
+    assert numbers(arm.received(reader, 50)) == list(range(50)), "a limit has been met"
+    found: list[Any] = []
+    looks = 0
+
+    def take() -> bool:
+        nonlocal looks
+        before = len(found)
+        more = reader.drain(7, found)
+        looks += 1
+        assert len(found) - before <= 7
+        assert not more or len(found) - before == 7, "True says that the limit came first"
+        return len(found) == 50
+
+    assert arm.wait(take, 5.0)
+    assert looks >= 8
+    assert numbers(found) == list(range(50, 100))
+    assert ran_dry(reader)
+
+
+@pytest.mark.parametrize("of_link", [True, False])
+def test_one_look_takes_small_and_large_messages_together_and_in_order(arm: Any, of_link: bool) -> None:
+    inbound, link, identity = arm.joined()
+    reader = link if of_link else inbound
+    sent: list[Any] = []
+    for number in range(12):
+        body = bytes([number]) * (wire.SECOND_FRAME_FROM if number % 3 == 1 else number)
+        frame = wire.answer(wire.REPLY, 0, number, body)
+        sent.append((frame, None) if isinstance(frame, bytes) else frame)
+        assert inbound.send(identity, frame) if of_link else arm.sent(link, frame)
+    assert [message[-2:] for message in arm.received(reader, 12)] == sent
+    assert ran_dry(reader)
 
 
 # What a thread can poll ---------------------------------------------------------------------------
@@ -221,23 +266,26 @@ def test_a_descriptor_signals_what_came_since_a_look_that_found_nothing(real_arm
         assert inbound.send(identity, ping(number)) if of_link else real_arm.sent(link, ping(number))
 
     for round_of in range(20):
-        assert not reader.readable()
+        assert ran_dry(reader)
         assert not is_signalled(reader.fd, 0.0)
         send(round_of)
         assert is_signalled(reader.fd, 5.0)
         assert numbers(real_arm.received(reader, 1)) == [round_of]
 
 
-def test_a_descriptor_is_an_edge_that_a_look_eats(real_arm: Any) -> None:
+def test_a_descriptor_may_be_silent_until_a_look_ran_dry_and_signals_nothing_then(real_arm: Any) -> None:
     inbound, link, _ = real_arm.joined()
+    assert ran_dry(inbound)
     assert real_arm.sent(link, ping(1))
-    assert real_arm.wait(inbound.readable, 5.0)
+    assert is_signalled(inbound.fd, 5.0)
+    assert numbers(real_arm.received(inbound, 1)) == [1]
     assert real_arm.sent(link, ping(2))
-    assert real_arm.wait(inbound.readable, 5.0)
-    assert numbers(real_arm.received(inbound, 2)) == [1, 2]
-    # Whether it still signals now is open; after a look that finds nothing it must not.
-    assert not inbound.readable()
+    # Whether it signals now is open. Who looks until nothing is left gets what came, and must not be called for it.
+    assert numbers(real_arm.received(inbound, 1)) == [2]
+    assert ran_dry(inbound)
     assert not is_signalled(inbound.fd, 0.05)
+    assert real_arm.sent(link, ping(3))
+    assert is_signalled(inbound.fd, 5.0)
 
 
 def test_a_descriptor_signals_the_end(real_arm: Any) -> None:
