@@ -156,25 +156,25 @@ def bars(path: Path, rows: Sequence[Row], unit: str) -> str:
     return drawing(path, (9, 0.9 + 0.27 * len(shown)), draw)
 
 
-def lines(path: Path, rows: Sequence[Row], across: str, label: str, by: Callable[[Row], str]) -> str:
-    """Rates over a figure, a line for each ``by``."""
-    shown = [each for each in rows if each.get("rate")]
+def lines(path: Path, rows: Sequence[Row], unit: str) -> str:
+    """Rates over the cases, which are numbers; a line for each system."""
+    shown = sorted((each for each in rows if each.get("rate")), key=lambda each: -each["rate"])
     if not shown:
         return ""
 
     def draw(axes: Any) -> None:
-        for name in dict.fromkeys(by(each) for each in sorted(shown, key=lambda each: -each["rate"])):
-            points = sorted((float(each[across]), each["rate"]) for each in shown if by(each) == name)
-            kind = next(each.get("kind", "onehop") for each in shown if by(each) == name)
+        for name in dict.fromkeys(each["system"] for each in shown):
+            points = sorted((int(each["case"]), each["rate"], each["kind"]) for each in shown if each["system"] == name)
+            cases, rates, (kind, *_) = zip(*points, strict=True)
             style = {"onehop": "o-", "peer": "s--", "limit": "x:"}[kind]
-            axes.plot(*zip(*points, strict=True), style, label=name, linewidth=2 if kind == "onehop" else 1.2)
+            axes.plot(cases, rates, style, label=name, linewidth=2 if kind == "onehop" else 1.2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        ticks = sorted({float(each[across]) for each in shown})
-        axes.set_xticks(ticks, [f"{each:g}" for each in ticks])
+        axes.set_xticks(sorted({int(each["case"]) for each in shown}))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlabel(label)
-        axes.set_ylabel("calls per second")
+        axes.set_xlabel("pairs")
+        axes.set_ylabel(f"{unit} per second")
         axes.grid(alpha=0.3)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
 
@@ -200,13 +200,13 @@ def head(results: dict[str, Any], out: Path) -> str:
     scale = results["scenarios"].get("scale")
     if scale is None:
         return text
-    shares = {each.get("share") for each in scale["rows"]}
+    from benchmarks import scale as by_cost
 
-    def name(row: Row) -> str:
-        return f"{row['system']}, {row['share']:g} CPU" if len(shares) > 1 else row["system"]
-
-    plot = lines(out / "scale.svg", scale["rows"], "hosts", "hosts", name)
-    return f"{text}\n\n## {scale['title']}\n\n{plot}\n\n{plain(scale['rows'])}\n\n{conditions(scale)}"
+    rows = scale["rows"]
+    plot = drawing(out / "scale.svg", (9, 4.5), lambda axes: by_cost.draw(axes, rows))
+    return "\n\n".join(
+        filter(None, [text, f"## {scale['title']}", plot, by_cost.READING, plain(rows), conditions(scale)])
+    )
 
 
 def machine(told: dict[str, Any]) -> str:
@@ -241,7 +241,7 @@ def section(name: str, scenario: dict[str, Any], out: Path) -> str:
         parts.append(plain(rows))
     else:
         if name == "pairs":
-            parts.append(lines(out / "pairs.svg", rows, "case", "pairs", lambda each: each["system"]))
+            parts.append(lines(out / "pairs.svg", rows, scenario["unit"]))
         for case, of_case in groupby(rows, key=lambda each: each["case"]):
             shown = list(of_case)
             parts += [f"### {case}", measured(shown, scenario["unit"])]
