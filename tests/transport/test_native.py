@@ -21,7 +21,7 @@ import zmq
 import zmq.backend.cython._zmq as backend
 
 SOURCE = Path(__file__).parents[2] / "src" / "onehop" / "transport" / "_native.c"
-SOON = 2_000
+SOON = 10_000
 LARGE = 1_000_000
 
 
