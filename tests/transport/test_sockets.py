@@ -16,7 +16,15 @@ import zmq
 
 from onehop.errors import ResourceLimit, SettingsError
 from onehop.transport.carrier import Unreachable
-from onehop.transport.sockets import INBOUND_OPTIONS, LINK_OPTIONS, ZmqCarrier, check_descriptors
+from onehop.transport.sockets import (
+    INBOUND_OPTIONS,
+    LINK_OPTIONS,
+    LOCAL_INBOUND_OPTIONS,
+    LOCAL_LINK_OPTIONS,
+    Options,
+    ZmqCarrier,
+    check_descriptors,
+)
 from onehop.transport.waiting import poll
 
 SOON = 2.0
@@ -85,7 +93,12 @@ UNTOLD = {zmq.ROUTER_MANDATORY, zmq.ROUTER_HANDOVER}
 """libzmq sets these and does not tell them; their effects have tests of their own."""
 
 
-@pytest.mark.parametrize("option", [each for each in INBOUND_OPTIONS if each[0] not in UNTOLD], ids=name_of)
+def overriding(options: Options, local: Options) -> list[tuple[int, int, str]]:
+    """What is set where both ends are on one host."""
+    return list({option[0]: option for option in options + local if option[0] not in UNTOLD}.values())
+
+
+@pytest.mark.parametrize("option", overriding(INBOUND_OPTIONS, LOCAL_INBOUND_OPTIONS), ids=name_of)
 def test_inbound_option_is_set(carrier: ZmqCarrier, endpoint: str, option: tuple[int, int, str]) -> None:
     inbound = carrier.bind(endpoint)
     number, value, reason = option
@@ -94,12 +107,19 @@ def test_inbound_option_is_set(carrier: ZmqCarrier, endpoint: str, option: tuple
     inbound.close(0)
 
 
-@pytest.mark.parametrize("option", LINK_OPTIONS, ids=name_of)
+@pytest.mark.parametrize("option", overriding(LINK_OPTIONS, LOCAL_LINK_OPTIONS), ids=name_of)
 def test_link_option_is_set(carrier: ZmqCarrier, endpoint: str, option: tuple[int, int, str]) -> None:
     link = carrier.connect(endpoint)
     number, value, reason = option
     assert link._socket.get(number) == value
     assert len(reason) > 10
+    link.close(0)
+
+
+@pytest.mark.parametrize("option", LINK_OPTIONS, ids=name_of)
+def test_link_beyond_the_host_is_asked_often(carrier: ZmqCarrier, option: tuple[int, int, str]) -> None:
+    link = carrier.connect("tcp://127.0.0.1:9")
+    assert link._socket.get(option[0]) == option[1]
     link.close(0)
 
 
@@ -393,6 +413,44 @@ def test_carrier_closes_what_is_left_open(endpoint: str) -> None:
         print("closed")
     """
     assert run(program) == "closed\n"
+
+
+def test_descriptors_that_others_open_are_counted_at_once() -> None:
+    told = run("""
+        from onehop.errors import ResourceLimit
+        from onehop.transport.sockets import check_descriptors
+        limit(1000)
+        check_descriptors(5)
+        held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1000 - used() + 1 - 64 - 5)]
+        check_descriptors(5)
+        held.append(os.open("/dev/null", os.O_RDONLY))
+        try:
+            check_descriptors(5)
+            print("not refused")
+        except ResourceLimit as error:
+            os.close(held.pop())
+            check_descriptors(5)
+            print("refused, then not")
+    """)
+    assert told == "refused, then not\n"
+
+
+def test_checking_descriptors_costs_the_same_where_many_are_open() -> None:
+    told = run("""
+        import time
+        from onehop.transport.sockets import check_descriptors
+        def cost():
+            began = time.process_time()
+            for _ in range(100):
+                check_descriptors(5)
+            return time.process_time() - began
+        few = min(cost() for _ in range(5))
+        check_descriptors(5000)
+        held = [os.open("/dev/null", os.O_RDONLY) for _ in range(5000)]
+        many = min(cost() for _ in range(5))
+        print(many < 10 * few, few, many)
+    """)
+    assert told.startswith("True"), told
 
 
 def test_resource_limit_is_an_error_of_ours() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import cast
 
 from onehop.errors import SettingsError
@@ -29,8 +29,7 @@ def open_registry(url: str, settings: Settings) -> Registry:
         SettingsError: no registry has that name, it cannot be imported, or the rest of the URL is wrong.
     """
     scheme = re.split(r":|$", url, maxsplit=1)[0].lower()
-    others = {} if scheme in _OURS else {each.name: each.value for each in metadata.entry_points(group=ENTRY_POINTS)}
-    known = others | _OURS
+    known = _OURS if scheme in _OURS else _installed() | _OURS
     if scheme not in known:
         raise SettingsError(
             f"registry is {url!r}; it must be, or be a URL that begins with: {', '.join(sorted(known))}"
@@ -41,3 +40,10 @@ def open_registry(url: str, settings: Settings) -> Registry:
     except (ImportError, AttributeError) as error:
         raise SettingsError(f"registry {url!r} needs {known[scheme]}, which cannot be imported: {error}") from error
     return make(settings, url)
+
+
+def _installed() -> dict[str, str]:
+    """Registries of others, by scheme."""
+    from importlib import metadata  # two megabytes, which the ordinary program never needs
+
+    return {each.name: each.value for each in metadata.entry_points(group=ENTRY_POINTS)}

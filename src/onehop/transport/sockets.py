@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from onehop.errors import ResourceLimit, SettingsError
 from onehop.protocol import wire
@@ -28,6 +28,9 @@ _HANDSHAKE_FAILURES = int(
 )
 
 LINK_DESCRIPTORS = 5
+_MONITOR_EVENT = struct.Struct("=H")
+"""How a monitor's message begins. Not ``zmq.utils.monitor``: it imports asyncio, seven megabytes."""
+
 """Of one link: mailbox, connection, both ends of its monitor, and the engine's eventfd."""
 RESERVED_DESCRIPTORS = 64
 """Left to the program: no link is opened when fewer are free. Where none is, libzmq aborts the process, or spins."""
@@ -59,6 +62,36 @@ INBOUND_OPTIONS: Options = (
     (zmq.RCVHWM, 1_024, "what is not read waits in the senders, whose windows bound it"),
 )
 
+LOCAL_LINK_OPTIONS: Options = (
+    # The kernel tells at once when a process of this host ends; only one that is stopped ends nothing. Who connects
+    # asks for that, now and then: 1,200 idle connections that ask every 2 s take one processor's hundredth at each end.
+    (zmq.HEARTBEAT_IVL, 10_000, "a stopped process is noticed, after 15 s"),
+    (zmq.HEARTBEAT_TIMEOUT, 5_000, "it is given time, since a busy host stops everybody now and then"),
+    (zmq.HEARTBEAT_TTL, 0, "the other side hears from the kernel"),
+)
+"""In place of those above where both ends are on one host, for the end that connects."""
+LOCAL_INBOUND_OPTIONS: Options = ((zmq.HEARTBEAT_IVL, 0, "whoever connects asks"),)
+
+
+def _is_local(endpoint: str) -> bool:
+    return endpoint.startswith("ipc://")
+
+
+def _used_descriptors(enough: int) -> int:
+    """How many descriptors are open; or a number above that, where ``enough`` is above both.
+
+    A list of them takes milliseconds where many are open, and this is asked for every link.
+    """
+    try:
+        used = os.stat("/proc/self/fd").st_size  # since Linux 6.2, else 0
+        if used == 0:
+            with open("/proc/self/status", "rb") as status:
+                used = next(int(line.split()[1]) for line in status if line.startswith(b"FDSize:"))  # slots for them
+            if used > enough:
+                used = len(os.listdir("/proc/self/fd"))
+    except FileNotFoundError:
+        return 0
+    return used
 
 def check_descriptors(wanted: int) -> None:
     """Make sure that ``wanted`` more descriptors may be opened, raising the soft limit if that helps.
@@ -67,9 +100,11 @@ def check_descriptors(wanted: int) -> None:
         ResourceLimit: they would leave the program fewer than it needs.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    if soft == resource.RLIM_INFINITY:
+        return
+    used = _used_descriptors(soft - wanted - RESERVED_DESCRIPTORS)
     needed = used + wanted + RESERVED_DESCRIPTORS
-    if soft == resource.RLIM_INFINITY or needed <= soft:
+    if needed <= soft:
         return
     if hard == resource.RLIM_INFINITY or needed <= hard:
         raised = max(needed, min(hard, 65_536)) if hard != resource.RLIM_INFINITY else max(needed, 65_536)
@@ -110,7 +145,7 @@ class _Link(_Socket):
     drain: Callable[[int, list[tuple[bytes, Body | None]]], bool]
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        super().__init__(context, zmq.DEALER, LINK_OPTIONS)
+        super().__init__(context, zmq.DEALER, LINK_OPTIONS + (LOCAL_LINK_OPTIONS if _is_local(endpoint) else ()))
         self.drain = self._drain if native is None else partial(native.drain, self._address)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _HANDSHAKE_FAILURES)
         self.monitor_fd = int(self._monitor.get(zmq.FD))
@@ -153,7 +188,7 @@ class _Link(_Socket):
     def ended(self) -> str | None:
         while self._ended is None:
             try:
-                event = zmq.Event(parse_monitor_message(self._monitor.recv_multipart(_NOWAIT))["event"])
+                event = zmq.Event(_MONITOR_EVENT.unpack_from(self._monitor.recv_multipart(_NOWAIT)[0])[0])
             except zmq.Again:
                 break
             known = {zmq.Event.DISCONNECTED: "the connection ended", zmq.Event.CLOSED: "nobody listens there"}
@@ -172,7 +207,7 @@ class _Inbound(_Socket):
     drain: Callable[[int, list[Message]], bool]
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        super().__init__(context, zmq.ROUTER, INBOUND_OPTIONS)
+        super().__init__(context, zmq.ROUTER, INBOUND_OPTIONS + (LOCAL_INBOUND_OPTIONS if _is_local(endpoint) else ()))
         self.drain = self._drain if native is None else partial(native.drain_from, self._address)
         try:
             self._socket.bind(endpoint)
@@ -194,7 +229,7 @@ class _Inbound(_Socket):
                 self._send_large(*frame)
         except zmq.Again:
             return False
-        except OSError as error:  # of the compiled module, or its subclass ZMQError
+        except (OSError, zmq.ZMQError) as error:  # of the compiled module, of pyzmq
             if error.errno == zmq.EHOSTUNREACH:
                 raise Unreachable from None
             raise
@@ -224,7 +259,7 @@ class _Inbound(_Socket):
 
     def close(self, linger: float) -> None:
         self._socket.close(int(linger * 1000))
-        if self.endpoints[0].startswith("ipc://"):  # libzmq leaves the file
+        if _is_local(self.endpoints[0]):  # libzmq leaves the file
             with suppress(FileNotFoundError):
                 os.unlink(self.endpoints[0].removeprefix("ipc://"))
 
@@ -249,7 +284,7 @@ class ZmqCarrier:
     def bind(self, endpoint: str) -> _Inbound:
         check_descriptors(16)
         inbound = _Inbound(self._get_context(), endpoint)
-        if endpoint.startswith("ipc://"):
+        if _is_local(endpoint):
             os.chmod(endpoint.removeprefix("ipc://"), self._mode)
         return inbound
 
