@@ -24,6 +24,8 @@ HEADINGS = {
     "kib": "KiB each",
     "cpu_ms": "CPU ms each",
     "idle_share": "CPU share idle",
+    "records_kib": "of it records, KiB",
+    "records_cpu_ms": "of it records, CPU ms",
     "sender_cpu": "sender's CPU s",
     "rate": "calls/s",
     "cpu": "CPU µs",
@@ -105,9 +107,7 @@ def cell(value: Any) -> str:
     """A figure, or a text."""
     if isinstance(value, str):
         return value.splitlines()[-1] if value else ""
-    if isinstance(value, bool | list | dict):
-        return str(value)
-    return number(value)
+    return f"{value:,}" if isinstance(value, int) else number(value)
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------
@@ -120,7 +120,8 @@ def drawing(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) 
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "onehop"  # the same figures give the same file
+    # The same figures give the same file, and letters stay letters.
+    matplotlib.rcParams.update({"svg.hashsalt": "onehop", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
