@@ -264,16 +264,10 @@ static PyObject *to_entry(zmq_msg_t *frames, int count, int wide)
     return entry;
 }
 
-static PyObject *drain_into(const char *name, PyObject *const *given, Py_ssize_t given_count, int wide)
+/* Appends at most `limit` messages. 1: the limit came first; 0: none is left; -1: an error is set. */
+static int receive_into(void *socket, int limit, PyObject *into, int wide)
 {
-    void *socket;
-    int limit;
     zmq_msg_t frames[4];
-    if (expect(name, 3, given_count) < 0 || to_socket(given[0], &socket) < 0 || to_int(given[1], &limit) < 0)
-        return NULL;
-    PyObject *into = given[2];
-    if (!PyList_Check(into))
-        return PyErr_Format(PyExc_TypeError, "%s() appends to a list, not to %.100s", name, Py_TYPE(into)->tp_name);
     for (; limit > 0; limit--) {
         for (int i = 0; i <= wide; i++)
             zmq_msg_init(&frames[i]);
@@ -282,13 +276,32 @@ static PyObject *drain_into(const char *name, PyObject *const *given, Py_ssize_t
         for (int i = 0; i <= wide; i++)
             zmq_msg_close(&frames[i]);
         if (count == 0)
-            Py_RETURN_FALSE;
+            return 0;
         int appended = entry == NULL ? -1 : PyList_Append(into, entry);
         Py_XDECREF(entry);
         if (appended < 0)
-            return NULL;
+            return -1;
     }
-    Py_RETURN_TRUE;
+    return 1;
+}
+
+static int expect_list(const char *name, PyObject *into)
+{
+    if (PyList_Check(into))
+        return 0;
+    PyErr_Format(PyExc_TypeError, "%s() appends to a list, not to %.100s", name, Py_TYPE(into)->tp_name);
+    return -1;
+}
+
+static PyObject *drain_into(const char *name, PyObject *const *given, Py_ssize_t count, int wide)
+{
+    void *socket;
+    int limit;
+    if (expect(name, 3, count) < 0 || to_socket(given[0], &socket) < 0 || to_int(given[1], &limit) < 0 ||
+        expect_list(name, given[2]) < 0)
+        return NULL;
+    int more = receive_into(socket, limit, given[2], wide);
+    return more < 0 ? NULL : PyBool_FromLong(more);
 }
 
 static PyObject *drain(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
@@ -310,12 +323,9 @@ static int64_t now(void)
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+/* 1, for `fd`, and 2, for `wake`, together; -1 when an error is set. */
+static int sleep_until(int fd, int wake, int left)
 {
-    int fd, wake, left;
-    if (expect("wait", 3, count) < 0 || to_int(given[0], &fd) < 0 || to_int(given[1], &wake) < 0 ||
-        to_int(given[2], &left) < 0)
-        return NULL;
     struct pollfd both[] = {{.fd = fd, .events = POLLIN}, {.fd = wake, .events = POLLIN}};
     int64_t end = now() + (int64_t)left * 1000000;
     for (;;) {
@@ -326,9 +336,9 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *given, P
         if (ready >= 0)
             break;
         if (errno != EINTR)
-            return PyErr_SetFromErrno(PyExc_OSError);
+            return PyErr_SetFromErrno(PyExc_OSError), -1;
         if (PyErr_CheckSignals() < 0)
-            return NULL;
+            return -1;
         if (left > 0) {
             int64_t rest = (end - now() + 999999) / 1000000; /* rounded up: too short a wait becomes a busy one */
             left = rest > 0 ? (int)rest : 0;
@@ -337,9 +347,42 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *given, P
     if (both[1].revents != 0) {
         uint64_t times;
         if (read(wake, &times, sizeof times) < 0 && errno != EAGAIN)
-            return PyErr_SetFromErrno(PyExc_OSError);
+            return PyErr_SetFromErrno(PyExc_OSError), -1;
     }
-    return PyLong_FromLong((both[0].revents != 0) | (both[1].revents != 0) << 1);
+    return (both[0].revents != 0) | (both[1].revents != 0) << 1;
+}
+
+static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    int fd, wake, left;
+    if (expect("wait", 3, count) < 0 || to_int(given[0], &fd) < 0 || to_int(given[1], &wake) < 0 ||
+        to_int(given[2], &left) < 0)
+        return NULL;
+    int ready = sleep_until(fd, wake, left);
+    return ready < 0 ? NULL : PyLong_FromLong(ready);
+}
+
+/* One message is read at most: who is alone waits for one. The look before the wait is needed, since the descriptor is
+ * an edge that the sending may have eaten. */
+static PyObject *exchange(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    void *socket;
+    int fd, wake, left;
+    zmq_msg_t frame;
+    if (expect("exchange", 6, count) < 0 || to_socket(given[0], &socket) < 0 || to_int(given[2], &fd) < 0 ||
+        to_int(given[3], &wake) < 0 || to_int(given[4], &left) < 0 || expect_list("exchange", given[5]) < 0 ||
+        to_message(given[1], &frame) < 0)
+        return NULL;
+    int taken = hand_over(&frame, socket, 0);
+    if (taken <= 0)
+        return taken < 0 ? NULL : PyBool_FromLong(0);
+    int arrived = receive_into(socket, 1, given[5], 2);
+    if (arrived == 0) {
+        if (sleep_until(fd, wake, left) < 0)
+            return NULL;
+        arrived = receive_into(socket, 1, given[5], 2);
+    }
+    return arrived < 0 ? NULL : PyBool_FromLong(1);
 }
 
 /* The module ------------------------------------------------------------------------------------- */
@@ -354,6 +397,7 @@ static PyMethodDef methods[] = {
     METHOD("drain", drain, "socket, limit, into"),
     METHOD("drain_from", drain_from, "socket, limit, into"),
     METHOD("wait", wait_for, "fd, wake, milliseconds"),
+    METHOD("exchange", exchange, "socket, frame, fd, wake, milliseconds, into"),
     {NULL, NULL, 0, NULL},
 };
 

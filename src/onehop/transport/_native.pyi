@@ -1,7 +1,7 @@
 # What `_native.c` promises. It is there where a C compiler was when onehop was installed.
 #
 # A socket is its address (`Socket.underlying` of pyzmq). Whoever passes one keeps it open and to one thread while the
-# call lasts. Nothing here waits for ZeroMQ, and only `wait` releases the GIL. What libzmq refuses is an OSError with
+# call lasts. Nothing here waits for ZeroMQ, and only a wait releases the GIL. What libzmq refuses is an OSError with
 # its number and its words: ENOTSOCK for a socket that was closed, EHOSTUNREACH for a connection that ended.
 
 from onehop.protocol.wire import Body
@@ -28,3 +28,9 @@ def drain_from(socket: int, limit: int, into: list[tuple[bytes, bytes, Body | No
 # 1, for `fd`, and 2, for the eventfd `wake`, which is read. A descriptor of -1 is not looked at. Signal handlers run;
 # the wait then goes on for the rest of its time, unless one raised.
 def wait(fd: int, wake: int, milliseconds: int, /) -> int: ...
+
+# Send from a DEALER, then wait once for a message and append it to `into`, if one came. Returns whether the frame was
+# taken; where there was no room for it nothing else was done. The arguments are those of `send`, `wait` and `drain`.
+def exchange(
+    socket: int, frame: bytes, fd: int, wake: int, milliseconds: int, into: list[tuple[bytes, Body | None]], /
+) -> bool: ...
