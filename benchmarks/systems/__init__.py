@@ -20,7 +20,7 @@ ONEHOP_ASYNCIO = (*SEQUENTIAL, "asyncio-32", "quad", PAIRS, "cast", "fanout-50",
 ONEHOP_UVLOOP = (*SEQUENTIAL, "asyncio-32", "quad", "cast")
 CROWD = ("fanout-1000", "links")
 OSLO = "oslo"
-RPC = (*SEQUENTIAL, "threads-32", "quad", "pairs", "cast", "fanout-50", "memory", OSLO)
+RPC = (*SEQUENTIAL, "threads-32", "quad", "pairs", "cast", "fanout-50", "memory", "scale", OSLO)
 
 PURE = {"ONEHOP_PURE": "1"}
 """Without the compiled helper."""
@@ -62,7 +62,7 @@ _TABLE = (
     System("zerorpc push/pull", "peer", "zerorpc_:Taker", "zerorpc_:Giver", ("cast",), PUSH_PULL, needs="zerorpc"),
     System("zerorpc pub/sub", "peer", "zerorpc_:Taker", "zerorpc_:Giver", ("fanout-50",), PUB_SUB, needs="zerorpc"),
     # --- onehop
-    System("onehop inline", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, INLINE),
+    System("onehop inline", "onehop", "onehop_:Server", "onehop_:Client", (*ONEHOP, "scale"), INLINE),
     System("onehop inline pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP_PURE, INLINE, environment=PURE),
     System("onehop pool", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, POOL),
     System("onehop pool pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP_PURE, POOL, environment=PURE),
