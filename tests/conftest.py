@@ -1,17 +1,22 @@
-"""What all tests share: a run directory of their own, nodes that are closed at the end, threads and waiting."""
+"""What all tests share: a run directory, nodes that are closed at the end, threads, waiting, and a loop in a thread."""
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import inspect
 import os
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import pytest
+import uvloop
 
+import onehop.asyncio
 from onehop import Node
 from onehop.settings import ENVIRONMENT_PREFIX
 
@@ -90,3 +95,91 @@ class Background:
 def background() -> type[Background]:
     """``background(function, *arguments)`` runs it in a thread; ``.result()`` waits for it."""
     return Background
+
+
+class Portal:
+    """A loop in a thread, for tests that block.
+
+    Args:
+        kind: whose loop: ``"asyncio"`` or ``"uvloop"``.
+    """
+
+    def __init__(self, kind: str = "asyncio") -> None:
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop if kind == "uvloop" else None)
+        self._ready, self._end = threading.Event(), asyncio.Event()
+        self._thread = threading.Thread(name=f"{kind} loop", target=self._runner.run, args=(self._main(),), daemon=True)
+
+    async def _main(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._ready.set()
+        await self._end.wait()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._ready.wait(10.0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self._end.set)
+        self._thread.join(20.0)
+        assert not self._thread.is_alive()
+        self._runner.close()
+
+    def node(self, *arguments: Any, **settings: Any) -> Any:
+        """A node of the asyncio face, to be used from any thread."""
+        return _Shown(self, onehop.asyncio.Node(*arguments, **settings))
+
+    def do(self, action: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Any:
+        """What ``action`` comes to in the loop; awaited where it can be."""
+
+        async def steps() -> Any:
+            result = action(*arguments, **keywords)
+            if inspect.isawaitable(result):
+                result = await result
+            if isinstance(result, onehop.asyncio.Stream):
+                await result.__aenter__()
+            return result
+
+        result = asyncio.run_coroutine_threadsafe(steps(), self.loop).result()
+        return _Shown(self, result) if type(result).__module__.startswith("onehop.asyncio") else result
+
+
+class _Shown:
+    """A node of the asyncio face, or what it gave, as its blocking twin would be."""
+
+    def __init__(self, portal: Portal, inner: Any) -> None:
+        self._portal = portal
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if isinstance(getattr(type(self._inner), name, None), property):
+            return self._portal.do(getattr, self._inner, name)
+        value = getattr(self._inner, name)
+        return functools.partial(self._portal.do, value) if callable(value) else value
+
+    def __repr__(self) -> str:
+        return repr(self._inner)
+
+    def __iter__(self) -> _Shown:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return self._portal.do(self._inner.__anext__)
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    def __enter__(self) -> Self:
+        self._portal.do(self._inner.__aenter__)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._portal.do(self._inner.__aexit__, *error)
+
+
+@pytest.fixture
+def open_portal() -> type[Portal]:
+    """``with open_portal(kind) as portal``: nodes of the asyncio face, for tests that block."""
+    return Portal

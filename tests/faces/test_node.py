@@ -55,9 +55,9 @@ def test_import_loads_nothing_heavy() -> None:
     assert told.stdout.strip() == "[]"
 
 
-def test_everything_is_given_back_at_close(run_directory: str, eventually) -> None:
+def test_everything_is_given_back_at_close(face, run_directory: str, eventually) -> None:
     def use() -> None:
-        with Node() as serving, Node() as calling:
+        with face() as serving, face() as calling:
             serving.serve("clock", {"read": time.time})
             calling.call("clock", "read")
 
@@ -353,6 +353,10 @@ def test_deadline_below_a_millisecond_is_kept(node, gate) -> None:
     assert client.call("read") <= 20
 
 
+# Of the blocking face alone ------------------------------------------------------------------------
+
+
+# In a loop a signal handler interrupts nobody who waits: it runs between two callbacks.
 def test_close_inside_a_signal_handler_ends_the_call_that_it_interrupted(run_directory: str) -> None:
     program = """
 import signal, threading, time
@@ -375,6 +379,7 @@ serving.close()
     assert (told.returncode, told.stdout) == (0, "unknown True\n"), told.stdout + told.stderr
 
 
+# A node of the asyncio face keeps no list of them.
 def test_closed_servers_and_listeners_are_not_kept(run_directory: str) -> None:
     with Node() as node:
         for number in range(20):

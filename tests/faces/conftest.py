@@ -1,9 +1,13 @@
-"""Nodes over each carrier, and handlers that wait for the test."""
+"""Nodes of each face over each carrier, and handlers that wait for the test.
+
+One body of tests serves both faces. The asyncio one is presented to them as if it were blocking: its loop runs in a
+thread (``Portal``), and whatever a test asks is done there and waited for.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +16,32 @@ from onehop import Node
 from onehop.testing.memory import Network
 
 
+@pytest.fixture(params=["blocking", "asyncio", "uvloop"])
+def face(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """``face(**settings)`` makes a node, which the test closes."""
+    if request.param == "blocking":
+        yield Node
+        return
+    with request.getfixturevalue("open_portal")(request.param) as portal:
+        yield portal.node
+
+
+@pytest.fixture
+def make_node(face: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Makes nodes of the face, and closes them when the test is over."""
+    nodes: list[Any] = []
+
+    def make(**settings: Any) -> Any:
+        nodes.append(face(**settings))
+        return nodes[-1]
+
+    yield make
+    for node in reversed(nodes):
+        node.close()
+
+
 @pytest.fixture(params=["zmq", "memory"])
-def node(request: pytest.FixtureRequest, make_node: Callable[..., Node]) -> Callable[..., Node]:
+def node(request: pytest.FixtureRequest, make_node: Callable[..., Any]) -> Callable[..., Any]:
     """Makes nodes that know each other: over ZeroMQ, then over memory."""
     if request.param == "zmq":
         return make_node
