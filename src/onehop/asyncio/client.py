@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -71,8 +72,8 @@ class Client(AnyClient):
     def stream(self, method: str, /, *arguments: Any, **keywords: Any) -> Stream:
         """Call ``method``, whose handler yields items: ``async for item in client.stream(...)``, as they are produced.
 
-        The call begins with the first item that is asked for. The server is never more than ``settings.stream_credit``
-        items ahead of the reader. The timeout is for the whole stream.
+        The call begins with the first item that is asked for, or with ``async with``. The server is never more than
+        ``settings.stream_credit`` items ahead of the reader. The timeout is for the whole stream.
         """
         return Stream(self, method, payload.encode((arguments, keywords)))
 
@@ -141,6 +142,7 @@ class Call:
     def done(self) -> bool:
         """Whether the outcome is here."""
         if self._attempt.call.outcome is None:
+            self._engine.check_loop()
             self._attempt.link.look()
         return self._attempt.call.outcome is not None
 
@@ -162,6 +164,7 @@ class Call:
 
         A task that waits in :meth:`result` ends with CallCancelled.
         """
+        self._engine.check_loop()
         before, self._cancelled = self._cancelled, True  # first: who waits in result() is woken by what follows
         if not self._engine.cancel(self._attempt.link, self._attempt.call):
             self._cancelled = before
@@ -181,13 +184,19 @@ class Stream(AsyncIterator[Any]):
         self._credit = client._node.settings.stream_credit
         self._read = 0
         self._ended = False
+        self._closed = False
+        self._beginning = asyncio.Lock()
 
-    async def _begin(self) -> Attempt:
-        engine = self._engine = await self._client._node._core()
-        attempt = await engine.start_request(self._client._terms, wire.REQUEST, wire.STREAM, self._method, self._body)
-        self._attempt = attempt
-        self._grant(attempt, self._credit)
-        return attempt
+    async def _begin(self) -> None:
+        async with self._beginning:  # two tasks may ask for the first item
+            if self._attempt is None:
+                engine = self._engine = await self._client._node._core()
+                terms = self._client._terms
+                attempt = await engine.start_request(terms, wire.REQUEST, wire.STREAM, self._method, self._body)
+                self._attempt = attempt
+                self._grant(attempt, self._credit)
+                if self._closed:  # meanwhile
+                    self._stop()
 
     def _grant(self, attempt: Attempt, items: int) -> None:
         attempt.call.granted += items
@@ -202,14 +211,13 @@ class Stream(AsyncIterator[Any]):
         Raises:
             StopAsyncIteration: the handler ended, or the stream was closed. Otherwise as :meth:`Client.call`.
         """
-        attempt = self._attempt
-        if attempt is None:
-            if self._ended:
-                raise StopAsyncIteration
-            attempt = await self._begin()
-        engine, call = self._engine, attempt.call
+        if self._attempt is None and not self._closed:
+            await self._begin()
+        engine, attempt = self._engine, self._attempt
+        if engine is None or attempt is None:  # closed before it began
+            raise StopAsyncIteration
+        call = attempt.call
         items = call.items
-        assert engine is not None
         assert items is not None
         while not items and not self._ended:
             if call.outcome is None and await engine.wait(attempt.link, call, call.signs, attempt.patience()):
@@ -235,14 +243,15 @@ class Stream(AsyncIterator[Any]):
         self._stop()
 
     def _stop(self) -> None:
-        if not self._ended:
+        self._closed = True
+        if not self._ended and self._attempt is not None and self._engine is not None:
             self._ended = True
-            if self._attempt is not None and self._engine is not None:
-                self._engine.cancel(self._attempt.link, self._attempt.call)
-                if self._attempt.call.items is not None:
-                    self._attempt.call.items.clear()
+            self._engine.cancel(self._attempt.link, self._attempt.call)
+            if self._attempt.call.items is not None:
+                self._attempt.call.items.clear()
 
     async def __aenter__(self) -> Self:
+        await self._begin()
         return self
 
     async def __aexit__(
@@ -252,5 +261,5 @@ class Stream(AsyncIterator[Any]):
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)
-        if engine is not None and not self._ended:
+        if engine is not None and not engine.closed and not self._ended:
             engine.call_in_loop(self._stop)  # the collector may run in any thread

@@ -12,13 +12,14 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
 from onehop.asyncio.client import Client, Stream
 from onehop.asyncio.server import Listener, Server
-from onehop.errors import NodeClosed
+from onehop.errors import NodeClosed, SettingsError
 from onehop.faces import Gathered, Network, Receipt, ServerView, checked_name, parts_of, servers_of, told
 from onehop.interfaces import Record
 from onehop.settings import Settings, from_environment, revise
@@ -48,7 +49,7 @@ class Node:
         self._network = network
         self._engine: LoopEngine | None = None
         self._making: LoopEngine | None = None
-        self._started: asyncio.Future[None] | None = None
+        self._starting: asyncio.Future[None] | None = None
         self._closed = False
         self._clients: dict[str, Client] = {}
         self._callbacks: list[Callable[[], None]] = []
@@ -63,23 +64,24 @@ class Node:
             engine = self._making = LoopEngine(self.settings, *parts_of(self.settings, self._network), RELEASE)
             for callback in self._callbacks:
                 engine.on_change_in_loop(callback)
-        engine.check_loop()
         return engine
 
     async def _core(self) -> LoopEngine:
         """The engine, started."""
         engine = self._made()
+        engine.check_loop()
         if self._engine is None:
-            if self._started is None:
-                self._started = asyncio.ensure_future(engine.start_in_loop())
-            try:
-                await asyncio.shield(self._started)
-            except BaseException:
-                if self._started is not None and self._started.done():
-                    self._started = None  # it may be tried again
-                raise
-            self._engine = engine
+            if self._starting is None:
+                self._starting = asyncio.ensure_future(self._start(engine))
+            await asyncio.shield(self._starting)  # others may wait for it too
         return engine
+
+    async def _start(self, engine: LoopEngine) -> None:
+        try:
+            await engine.start_in_loop()
+            self._engine = engine
+        finally:
+            self._starting = None  # after a failure, it may be tried again
 
     # Serving --------------------------------------------------------------------------------------
 
@@ -201,21 +203,31 @@ class Node:
     async def run(self) -> bool:
         """Serve until SIGTERM or SIGINT comes, or :meth:`close`; then drain and close. For the main thread.
 
+        A second signal during the drain ends the process as usual.
+
         Returns:
             Whether everything taken was answered.
+
+        Raises:
+            SettingsError: called in a loop of another thread, to which no signal comes.
         """
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        for each in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(each, stop.set)
+        signals = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.getsignal(each) for each in signals]
+        try:
+            for each in signals:
+                loop.add_signal_handler(each, stop.set)
+        except (ValueError, RuntimeError):
+            raise SettingsError("run() waits for signals, which come to the main thread only: call it there") from None
         try:
             while not self._closed and not stop.is_set():
-                try:
-                    await asyncio.wait_for(stop.wait(), 0.5)
-                except TimeoutError:
-                    pass
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        await stop.wait()
         finally:
-            for each in (signal.SIGTERM, signal.SIGINT):
+            for each, handler in zip(signals, before, strict=True):
                 loop.remove_signal_handler(each)
+                signal.signal(each, handler)
         drained = await self.drain()
         await self.close()
         return drained
@@ -239,6 +251,8 @@ class Node:
         if drain and not self._closed:
             await self.drain()
         self._closed = True
+        if self._starting is not None:
+            await asyncio.wait([self._starting])
         engine, self._engine, self._making = self._making, None, None
         if engine is not None:
             await engine.close_in_loop()
@@ -253,7 +267,7 @@ class Node:
 
     def _after_fork(self) -> None:
         """In the child: drop what was inherited, without closing it."""
-        engine, self._engine, self._making, self._started = self._making, None, None, None
+        engine, self._engine, self._making, self._starting = self._making, None, None, None
         self._callbacks.clear()
         if engine is not None:
             engine.forget()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from contextvars import copy_context
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,19 +29,21 @@ log = logging.getLogger("onehop")
 class _Running:
     """A request that a task runs. Who has news of it (credit, cancellation) calls :meth:`release`, in any thread."""
 
-    __slots__ = ("credit", "engine", "request", "task")
+    __slots__ = ("_stopped", "credit", "engine", "request", "task")
 
     def __init__(self, engine: LoopEngine, request: Request) -> None:
         self.engine = engine
         self.request = request
         self.credit = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
+        self._stopped = False
 
     def release(self) -> None:
         self.engine.call_in_loop(self._told)
 
     def _told(self) -> None:
-        if self.request.cancelled and self.task is not None:
+        if self.request.cancelled and self.task is not None and not self._stopped:
+            self._stopped = True  # a second time would break into what the handler does at its end
             self.task.cancel()
         self.credit.set()
 
@@ -61,22 +64,23 @@ class Server:
         self._engine = engine
         self._runner = runner
         self._in_loop = frozenset(name for name, method in runner.methods.items() if _in_loop(method.function))
+        self._context = copy_context()
         self._tasks: set[asyncio.Task[None]] = set()
         self._queue = Queue(self._run, workers or node.settings.workers, runner.methods, runner.inline | self._in_loop)
         runner.queue = self._queue
 
     async def _offer(self) -> None:
         offer = (self.service, self.name, self._queue, self._runner.idempotent)
-        await self._engine.offer_in_loop(*offer)
+        await _offered(self._engine, self._queue, self._engine.offer_in_loop(*offer))
 
     def _run(self, request: Request) -> None:
         if request.names[2] not in self._in_loop:
             self._runner.run(request)
             return
         running = request.waiter = _Running(self._engine, request)
-        token = serving.set(request)
-        task = running.task = self._engine.loop.create_task(self._serve(request, running))
-        serving.reset(token)
+        context = self._context.copy()
+        context.run(serving.set, request)
+        task = running.task = self._engine.loop.create_task(self._serve(request, running), context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -98,6 +102,7 @@ class Server:
                     log.exception("the handler of cast %r of service %r raised", request.method, self.service)
                     inbound.counts["casts whose handler raised"] += 1
         finally:
+            request.deadline = None  # what the handler left running is not bound by it any more
             inbound.put(request, frame if request.kind == wire.REQUEST else None)
             self._engine.lead_soon()
 
@@ -129,7 +134,8 @@ class Server:
                         return False
                     running.credit.clear()
                     try:
-                        await asyncio.wait_for(running.credit.wait(), SIGN_INTERVAL)
+                        async with asyncio.timeout(SIGN_INTERVAL):
+                            await running.credit.wait()
                     except TimeoutError:
                         # A reader that is gone is noticed only by sending to it.
                         inbound.put(request, wire.pack(wire.PROGRESS, id=request.id), last=False)
@@ -152,7 +158,7 @@ class Server:
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Withdraw this instance and finish what it has taken; whether that was done within ``timeout`` seconds."""
-        return await self._engine.drain(timeout, self._queue)
+        return self._engine.inherited or await self._engine.drain(timeout, self._queue)
 
     async def close(self) -> None:
         """Withdraw this instance; what it has taken is still finished in the background. May be called twice."""
@@ -166,6 +172,18 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+async def _offered(engine: LoopEngine, queue: Queue, offering: Coroutine[Any, Any, None]) -> None:
+    """Wait until ``queue`` is offered; where the task that waits is cancelled, it is withdrawn again."""
+    task = asyncio.ensure_future(offering)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not engine.closed:
+            await engine.withdraw_in_loop(queue)
+        raise
 
 
 def _in_loop(function: Any) -> bool:
@@ -209,7 +227,8 @@ class Listener:
 
     async def _offer(self) -> None:
         for service in self.services:
-            await self._engine.offer_in_loop(service, self.name, self._queue, ())
+            offering = self._engine.offer_in_loop(service, self.name, self._queue, ())
+            await _offered(self._engine, self._queue, offering)
 
     async def poll(self, limit: int = 1, timeout: float | None = None) -> list[Incoming]:
         """Wait for a request and return it with others that are there, up to ``limit``.
@@ -220,6 +239,8 @@ class Listener:
         Args:
             timeout: seconds to wait; None for as long as it takes.
         """
+        if self._engine.inherited:
+            return []
         queue, inbound = self._queue, self._queue.inbound
         until = float("inf") if timeout is None else monotonic() + timeout
         found: list[Incoming] = []
@@ -252,10 +273,11 @@ class Listener:
 
     async def stop(self) -> None:
         """Withdraw: nothing more comes, and :meth:`poll` waits no more. May be called twice."""
-        await self._engine.withdraw_in_loop(self._queue)
+        if not self._engine.inherited:
+            await self._engine.withdraw_in_loop(self._queue)
 
     async def close(self) -> None:
         """:meth:`stop`, and refuse what was not polled. May be called twice."""
         await self.stop()
-        while self._queue.tasks:
+        while not self._engine.inherited and self._queue.tasks:
             self._queue.inbound.refuse(self._queue.tasks.popleft(), "draining")

@@ -10,7 +10,8 @@ lock as ever; the loop leads there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -19,10 +20,11 @@ from onehop.errors import SettingsError
 from onehop.protocol.calls import LOST, REJECTED, Call, CallTable
 from onehop.protocol.wire import Body, Frame
 from onehop.transport.carrier import LinkSocket
-from onehop.transport.engine import Engine
+from onehop.transport.engine import GOODBYE_LINGER, Engine
 from onehop.transport.inbound import FOREVER, Inbound, Queue
 from onehop.transport.link import BATCH, STUCK, Link
 from onehop.transport.requests import Attempt, Terms
+from onehop.transport.waiting import PATIENCE, start_thread
 
 SWEEP = 0.05
 """Seconds between two looks for calls whose deadline has come; a timer for each call would cost more than the call."""
@@ -37,13 +39,15 @@ class LoopLink(Link):
         calls: CallTable,
         control: Callable[[Link, bytes], None],
         loop: asyncio.AbstractEventLoop,
-        news: Callable[[], None],
+        news: Callable[[Link], None],
     ) -> None:
         super().__init__(socket, calls, control)
         self._loop = loop
         self._called = False
+        self._again: asyncio.TimerHandle | None = None
+        self._watched = True
         loop.add_reader(socket.fd, self.look)
-        loop.add_reader(socket.monitor_fd, news)
+        loop.add_reader(socket.monitor_fd, news, self)
 
     def post(self, call: Call | None, frame: Frame) -> None:
         self._out.append((call, frame))
@@ -58,10 +62,15 @@ class LoopLink(Link):
         self._lock.acquire()
         more = self._pump(None, BATCH)
         if self._stuck:
-            self._loop.call_later(STUCK, self.look)
+            if self._again is None:
+                self._again = self._loop.call_later(STUCK, self._look_again)
         elif (more or self._out) and not self._called:
             self._called = True
             self._loop.call_soon(self.look)
+
+    def _look_again(self) -> None:
+        self._again = None
+        self.look()
 
     def tell(self, calls: list[Call], me: Call | None = None) -> None:
         for call in calls:
@@ -71,11 +80,13 @@ class LoopLink(Link):
 
     def leave_loop(self) -> None:
         """Nothing calls for a look any more."""
-        self._loop.remove_reader(self.socket.fd)
-        self._loop.remove_reader(self.socket.monitor_fd)
+        if self._watched:
+            self._watched = False
+            self._loop.remove_reader(self.socket.fd)
+            self._loop.remove_reader(self.socket.monitor_fd)
 
     def close(self, linger: float) -> bool:
-        if not self._closed and not self._loop.is_closed():
+        if not self._loop.is_closed():
             self.leave_loop()
         self._give_back(linger)
         return True
@@ -89,12 +100,14 @@ class LoopEngine(Engine):
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
-        self.loop = asyncio.get_running_loop()
+        self.loop = running_loop()
+        self.inherited = False
         self._changes: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._sweeping = False
         self._leading = False
         self._again_at: asyncio.TimerHandle | None = None
+        self._guard = self._until_loop_ends()
         self.loop.add_reader(self._wake.fd, self._keep_house)
 
     async def request(self, terms: Terms, kind: int, flags: int, method: str, body: Body) -> Call:
@@ -106,6 +119,8 @@ class LoopEngine(Engine):
         Raises:
             NoRoute, Rejected, CallTimeout, PeerLost, TooLarge: as their docstrings say.
         """
+        if running_loop() is not self.loop:
+            self.check_loop()
         begun = self.begin(terms, kind, flags, method, body)
         if isinstance(begun, Attempt):
             return await self.carry_through(begun, kind, flags, body)
@@ -139,7 +154,7 @@ class LoopEngine(Engine):
             self.loop.call_later(SWEEP, self._sweep)
 
     def _new_link(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> Link:
-        return LoopLink(socket, calls, control, self.loop, self._keep_house)
+        return LoopLink(socket, calls, control, self.loop, self._hear)
 
     async def wait(self, link: Link, call: Call, seen: int, until: float) -> bool:
         if call.outcome is None and call.signs == seen and (left := until - monotonic()) > 0:
@@ -174,24 +189,46 @@ class LoopEngine(Engine):
             if not change.done():
                 change.set_result(None)
 
-    def call_in_loop(self, action: Callable[..., None], *arguments: Any) -> None:
-        """Have ``action`` done in the loop; called by any thread."""
-        if not self.loop.is_closed():
+    def call_in_loop(self, action: Callable[..., object], *arguments: Any) -> None:
+        """Have ``action`` done in the loop, unless that has ended; called by any thread."""
+        try:
             self.loop.call_soon_threadsafe(action, *arguments)
+        except RuntimeError:
+            if not self.loop.is_closed():
+                raise
 
     async def _sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
     async def _cold(self, action: Callable[..., None], *arguments: Any) -> None:
-        await self.loop.run_in_executor(None, action, *arguments)
+        # In a thread of its own: those of the loop's executor may all be busy with what the user gave them.
+        done: asyncio.Future[None] = self.loop.create_future()
+
+        def act() -> None:
+            error: BaseException | None = None
+            try:
+                action(*arguments)
+            except BaseException as raised:
+                error = raised
+            self.call_in_loop(_settle, done, error)
+
+        start_thread("onehop-cold", act)
+        await done
 
     async def refresh(self) -> None:
         """Have the registry look whether something changed."""
         await self._cold(self.registry.refresh)
 
     async def start_in_loop(self) -> None:
-        """Watch the registry; see :meth:`start`."""
+        """Watch the registry; see :meth:`start`. The engine ends with its loop, where nobody ends it earlier."""
         await self._cold(self.start)
+        await anext(self._guard)
+
+    async def _until_loop_ends(self) -> AsyncGenerator[None, None]:
+        try:
+            yield  # until the loop shuts down its asynchronous generators
+        finally:
+            await self._end_in_loop(GOODBYE_LINGER)
 
     def on_change_in_loop(self, listener: Callable[[], None]) -> None:
         """Have ``listener`` called in the loop after each change of the view."""
@@ -199,8 +236,30 @@ class LoopEngine(Engine):
 
     async def close_in_loop(self, linger: float = 1.0) -> None:
         """End everything now; see :meth:`close`."""
+        await self._end_in_loop(linger)
+        await self._guard.aclose()
+
+    async def _end_in_loop(self, linger: float) -> None:
         if self.end():
             await self._cold(self.dispose, linger)
+
+    def close(self, linger: float = 1.0) -> None:
+        """End everything from outside of the loop, which has ended, or stands still, or runs in another thread."""
+        if self.loop.is_closed():
+            self.closed = True
+            self._ended_links += self._links.values()
+            self._links.clear()
+            for link in self._ended_links:
+                link.over, link.ended = True, "its loop has ended"  # nobody can be told
+            self.dispose(linger)
+        elif self.loop.is_running():
+            ended = threading.Event()
+            self.call_in_loop(self.end)
+            self.call_in_loop(ended.set)
+            ended.wait(PATIENCE)
+            self.dispose(linger)
+        else:
+            super().close(linger)
 
     # Serving --------------------------------------------------------------------------------------
 
@@ -239,7 +298,7 @@ class LoopEngine(Engine):
 
     def lead_soon(self) -> None:
         """Send what was answered in this turn of the loop at its end."""
-        if not self._leading:
+        if not self._leading and not self.loop.is_closed():
             self._leading = True
             self.loop.call_soon(self._lead)
 
@@ -253,8 +312,7 @@ class LoopEngine(Engine):
         if self._timer is not None:
             self._timer.cancel()
         if not self.closed:
-            pause, _monitors = self.tidy()  # the loop watches the monitors already
-            self._timer = self.loop.call_later(pause, self._keep_house)
+            self._timer = self.loop.call_later(self.tidy(), self._keep_house)
 
     def _stop_keeping(self) -> None:
         if self.loop.is_closed():
@@ -267,6 +325,7 @@ class LoopEngine(Engine):
             if isinstance(link, LoopLink) and not link._closed:
                 link.leave_loop()
         if self.inbound is not None and self.inbound.led_by_loop:
+            self.inbound.closing = True  # a worker that looks at it must not take in what only the loop can run
             for descriptor in self.inbound.leave_loop():
                 self.loop.remove_reader(descriptor)
 
@@ -274,7 +333,36 @@ class LoopEngine(Engine):
         """Make sure that the running loop is this engine's.
 
         Raises:
-            SettingsError: it is another.
+            SettingsError: it is another, or none.
         """
-        if asyncio.get_running_loop() is not self.loop:
+        if running_loop() is not self.loop:
             raise SettingsError("this node belongs to another asyncio loop: a node is used in the loop it began in")
+
+    def forget(self) -> None:
+        # The descriptors stay with the loop: its selector is shared with the parent.
+        self.inherited = True
+        super().forget()
+
+
+def running_loop() -> asyncio.AbstractEventLoop:
+    """The loop that runs here.
+
+    Raises:
+        SettingsError: none does.
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise SettingsError(
+            "an asyncio node is used inside of a running loop; elsewhere, such as in a plain handler's thread, use "
+            "onehop.Node, or asyncio.run_coroutine_threadsafe"
+        ) from None
+
+
+def _settle(done: asyncio.Future[None], error: BaseException | None) -> None:
+    if done.done():  # who waited for it was cancelled
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
