@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import pytest
 from tests.transport.conftest import InboundBench
 
 from onehop.protocol import wire
 from onehop.protocol.inbox import Request
-from onehop.transport.inbound import BATCH, Queue
+from onehop.transport.inbound import BATCH, TOGETHER, Queue
 
 SOON = 2.0
 FAR = 30.0
@@ -18,12 +20,6 @@ FAR = 30.0
 
 def far() -> float:
     return time.monotonic() + FAR
-
-
-def offer(bench: InboundBench, service: str, queue: Queue | None = None) -> Queue:
-    queue = Queue() if queue is None else queue
-    bench.inbound.change(lambda inbox: inbox.offer(service, "a", queue))
-    return queue
 
 
 def leads(bench: InboundBench, looked: int) -> bool:
@@ -44,7 +40,7 @@ def answer_of(request: Request) -> bytes:
 
 
 def test_taker_receives_by_itself(inbound_bench: InboundBench, background, eventually) -> None:
-    queue = offer(inbound_bench, "clock")
+    queue = inbound_bench.offer("clock")
     taking = background(inbound_bench.inbound.take, queue, far())
     eventually(inbound_bench.inbound._lead.locked)
     take_in(inbound_bench, "clock")
@@ -53,14 +49,14 @@ def test_taker_receives_by_itself(inbound_bench: InboundBench, background, event
 
 
 def test_taker_whose_time_is_up_gets_nothing(inbound_bench: InboundBench) -> None:
-    queue = offer(inbound_bench, "clock")
+    queue = inbound_bench.offer("clock")
     began = time.monotonic()
     assert inbound_bench.inbound.take(queue, began + 0.1) is None
     assert 0.09 < time.monotonic() - began < 1.1
 
 
 def test_leader_wakes_the_taker_of_another_queue(inbound_bench: InboundBench, background, eventually) -> None:
-    first, second = offer(inbound_bench, "clock"), offer(inbound_bench, "alarm")
+    first, second = inbound_bench.offer("clock"), inbound_bench.offer("alarm")
     leading = background(inbound_bench.inbound.take, first, far())
     eventually(inbound_bench.inbound._lead.locked)
     following = background(inbound_bench.inbound.take, second, far())
@@ -74,7 +70,7 @@ def test_leader_wakes_the_taker_of_another_queue(inbound_bench: InboundBench, ba
 
 @pytest.mark.parametrize("how", ["request", "timeout", "stop"])
 def test_leader_that_leaves_hands_the_lead_on(inbound_bench: InboundBench, background, eventually, how: str) -> None:
-    first, second = offer(inbound_bench, "clock"), offer(inbound_bench, "alarm")
+    first, second = inbound_bench.offer("clock"), inbound_bench.offer("alarm")
     leading = background(inbound_bench.inbound.take, first, far() if how != "timeout" else time.monotonic() + 0.3)
     eventually(inbound_bench.inbound._lead.locked)
     following = background(inbound_bench.inbound.take, second, far())
@@ -92,7 +88,7 @@ def test_leader_that_leaves_hands_the_lead_on(inbound_bench: InboundBench, backg
 
 def test_answer_queued_in_the_lock_is_sent_after_its_release(inbound_bench: InboundBench, background) -> None:
     bench = inbound_bench
-    queue = offer(bench, "clock")
+    queue = bench.offer("clock")
     for _ in range(2):
         take_in(bench, "clock")
     first = bench.inbound.take(queue, far())
@@ -109,7 +105,7 @@ def test_leader_is_woken_when_who_answers_takes_in_its_request(
     inbound_bench: InboundBench, background, eventually
 ) -> None:
     bench = inbound_bench
-    queue, other = offer(bench, "clock"), offer(bench, "alarm")
+    queue, other = bench.offer("clock"), bench.offer("alarm")
     take_in(bench, "alarm")
     request = bench.inbound.take(other, far())
     assert request is not None
@@ -125,7 +121,7 @@ def test_leader_is_woken_when_who_answers_leaves_a_full_batch_behind(
     inbound_bench: InboundBench, background, eventually
 ) -> None:
     bench = inbound_bench
-    queue, other = offer(bench, "clock"), offer(bench, "alarm")
+    queue, other = bench.offer("clock"), bench.offer("alarm")
     take_in(bench, "alarm")
     request = bench.inbound.take(other, far())
     assert request is not None
@@ -142,7 +138,7 @@ def test_leader_is_woken_when_who_answers_leaves_a_full_batch_behind(
 
 def test_request_whose_edge_was_eaten_by_a_sending_is_seen(inbound_bench: InboundBench, background) -> None:
     bench = inbound_bench
-    queue = offer(bench, "clock")
+    queue = bench.offer("clock")
     bench.socket.sends.append(lambda: bench.arrive(bench.request("clock")))  # no signal
     bench.arrive(wire.pack(wire.PING, id=5))
     assert background(bench.inbound.take, queue, far()).result(SOON).service == "clock"
@@ -150,7 +146,7 @@ def test_request_whose_edge_was_eaten_by_a_sending_is_seen(inbound_bench: Inboun
 
 def test_answer_is_sent_once(inbound_bench: InboundBench) -> None:
     bench = inbound_bench
-    queue = offer(bench, "clock")
+    queue = bench.offer("clock")
     take_in(bench, "clock")
     request = bench.inbound.take(queue, far())
     assert request is not None
@@ -161,7 +157,7 @@ def test_answer_is_sent_once(inbound_bench: InboundBench) -> None:
 
 def test_answer_to_a_connection_that_is_gone_is_counted_and_cancels_what_it_asked(inbound_bench: InboundBench) -> None:
     bench = inbound_bench
-    queue = offer(bench, "clock")
+    queue = bench.offer("clock")
     for _ in range(2):
         take_in(bench, "clock")
     first = bench.inbound.take(queue, far())
@@ -176,7 +172,7 @@ def test_answer_to_a_connection_that_is_gone_is_counted_and_cancels_what_it_aske
 
 def test_answer_to_a_connection_that_does_not_read_is_counted_and_holds_up_nobody(inbound_bench: InboundBench) -> None:
     bench = inbound_bench
-    queue = offer(bench, "clock")
+    queue = bench.offer("clock")
     take_in(bench, "clock")
     request = bench.inbound.take(queue, far())
     assert request is not None
@@ -186,7 +182,86 @@ def test_answer_to_a_connection_that_does_not_read_is_counted_and_holds_up_nobod
     assert bench.inbox.taken == {}
 
 
-def test_workers_wake_for_each_request_and_end_when_stopped(inbound_bench: InboundBench, eventually) -> None:
+# Workers ------------------------------------------------------------------------------------------
+
+SLOW = 0.02  # seconds; far above what counts as quick
+
+
+class Work:
+    """What handlers do: ``"quick"`` returns at once, ``"slow"`` takes its time, ``"held"`` waits for ``let_go``.
+
+    "quick" and "held" are known to be quick, from many runs at which "held" had nothing to wait for.
+
+    Attributes:
+        ran: method and thread of each request, in the order they began.
+        sent: how many answers had left when each began.
+    """
+
+    METHODS = ("quick", "slow", "held")
+
+    def __init__(self, bench: InboundBench, workers: int, eventually) -> None:  # type: ignore[no-untyped-def]
+        self.bench = bench
+        self.ran: list[tuple[str, int]] = []
+        self.sent: list[int] = []
+        self.let_go = threading.Event()
+        self.running = 0
+        self.together = 0
+        self.queue = bench.offer("clock", Queue(self.run, workers, self.METHODS))
+        self.let_go.set()
+        bench.inbound.start_receiver()
+        self.ask(*["quick", "held"] * 50)
+        eventually(lambda: self.answered(100))
+        eventually(lambda: bench.inbound.resting and not bench.inbound._watched)
+        self.let_go.clear()
+        for record in (bench.socket.sent, self.ran, self.sent):
+            record.clear()
+
+    def run(self, request: Request) -> None:
+        self.sent.append(len(self.bench.socket.sent))
+        self.ran.append((request.method, threading.get_ident()))
+        self.running += 1
+        self.together = max(self.together, self.running)
+        if request.method == "slow":
+            time.sleep(SLOW)
+        elif request.method == "held":
+            assert self.let_go.wait(FAR)
+        self.running -= 1
+        self.bench.inbound.put(request, answer_of(request))
+
+    def ask(self, *methods: str) -> None:
+        """Requests that come at one moment."""
+        for method in methods:
+            self.bench.arrive(self.bench.request("clock", method))
+        self.bench.socket.signal()
+
+    @property
+    def threads(self) -> set[int]:
+        return {thread for _, thread in self.ran}
+
+    def answered(self, number: int) -> bool:
+        return self.bench.kinds_sent() == [wire.REPLY] * number
+
+
+@pytest.fixture
+def make_work(inbound_bench: InboundBench, eventually) -> Iterator[Callable[[int], Work]]:
+    made: list[Work] = []
+
+    def make(workers: int) -> Work:
+        made.append(Work(inbound_bench, workers, eventually))
+        return made[-1]
+
+    yield make
+    for work in made:
+        work.let_go.set()
+
+
+@pytest.fixture
+def work(make_work: Callable[[int], Work]) -> Work:
+    """Eight workers."""
+    return make_work(8)
+
+
+def test_workers_spread_over_a_method_that_is_not_known_to_be_quick(inbound_bench: InboundBench, eventually) -> None:
     bench = inbound_bench
     before = set(threading.enumerate())
     ran: list[int] = []
@@ -194,17 +269,168 @@ def test_workers_wake_for_each_request_and_end_when_stopped(inbound_bench: Inbou
 
     def run(request: Request) -> None:
         everyone.wait(SOON)  # three at once, or it breaks
+        time.sleep(SLOW)
         ran.append(request.id)
         bench.inbound.answer(request, answer_of(request))
 
-    queue = offer(bench, "clock", Queue(run, 3))
+    queue = bench.offer("clock", Queue(run, 3, {"read"}))
+    bench.inbound.start_receiver()
     for _ in range(6):
         take_in(bench, "clock")
-    bench.inbound.look(time.monotonic())
-    eventually(lambda: len(ran) == 6)
+    eventually(lambda: sorted(ran) == [1, 2, 3, 4, 5, 6])
     eventually(lambda: bench.kinds_sent() == [wire.REPLY] * 6)
     queue.stop()
+    bench.inbound.close(0.0)
     eventually(lambda: set(threading.enumerate()) <= before)
+
+
+def test_quick_requests_of_a_moment_are_run_by_one_thread(work: Work, eventually) -> None:
+    work.ask(*["quick"] * 60)
+    eventually(lambda: work.answered(60))
+    # A busy machine may take the processor from the worker for a moment, and the receiver then wakes another.
+    assert max(Counter(thread for _, thread in work.ran).values()) >= 30
+
+
+def test_slow_requests_of_a_moment_are_spread_over_all_threads(work: Work, eventually) -> None:
+    work.ask(*["slow"] * 16)
+    eventually(lambda: work.answered(16))
+    assert len(work.threads) == 8
+    assert work.together >= 4
+
+
+def test_method_that_is_not_there_is_refused_as_quickly_as_a_quick_one_runs(work: Work, eventually) -> None:
+    work.ask(*["none"] * 60)
+    eventually(lambda: work.answered(60))
+    assert max(Counter(thread for _, thread in work.ran).values()) >= 30
+
+
+def test_method_known_as_quick_that_blocks_for_once_holds_up_the_others_for_a_moment_only(
+    work: Work, eventually
+) -> None:
+    work.ask("held", *["quick"] * 10)
+    eventually(lambda: work.answered(10), within=SOON)
+    assert len(work.threads) > 1
+    work.let_go.set()
+    eventually(lambda: work.answered(11))
+
+
+def test_quick_requests_behind_several_that_block_are_run_too(work: Work, eventually) -> None:
+    work.ask(*["held"] * 6, "quick", "quick")
+    eventually(lambda: work.answered(2), within=SOON)
+    work.let_go.set()
+    eventually(lambda: work.answered(8))
+
+
+def test_requests_behind_as_many_that_block_as_there_are_workers_wait_and_are_not_lost(work: Work, eventually) -> None:
+    work.ask(*["held"] * 8, *["quick"] * 5)
+    eventually(lambda: len(work.ran) == 8)
+    eventually(lambda: work.bench.inbound.resting)  # nobody can be woken: it does not go on looking
+    assert work.answered(0)
+    work.let_go.set()
+    eventually(lambda: work.answered(13))
+
+
+def test_answers_of_quick_requests_are_kept_back_together_and_never_too_many(
+    make_work: Callable[[int], Work], eventually
+) -> None:
+    work = make_work(1)
+    work.ask(*["quick"] * 60)
+    eventually(lambda: work.answered(60))
+    kept = [number - sent for number, sent in enumerate(work.sent)]
+    assert 0 < max(kept) < TOGETHER
+
+
+def test_answers_kept_back_leave_before_a_slow_method_begins(make_work: Callable[[int], Work], eventually) -> None:
+    work = make_work(1)
+    work.ask(*["quick"] * 3, "slow")
+    eventually(lambda: work.answered(4))
+    assert work.sent[-1] == 3
+
+
+def test_answers_kept_back_leave_while_the_next_method_blocks(make_work: Callable[[int], Work], eventually) -> None:
+    work = make_work(1)
+    work.ask("quick", "quick", "held", "quick")
+    # The worker counted on being back at once; the receiver, which looks before it rests, sends for it.
+    eventually(lambda: work.answered(2), within=SOON)
+    work.let_go.set()
+    eventually(lambda: work.answered(4))
+
+
+def test_answer_of_the_last_request_leaves_at_once(work: Work, eventually) -> None:
+    for number in range(1, 20):
+        work.ask("quick")
+        eventually(lambda number=number: work.answered(number), within=SOON)
+
+
+def test_workers_end_when_their_queue_is_stopped_and_run_what_is_left_first(work: Work, eventually) -> None:
+    work.ask(*["slow"] * 30)
+    eventually(lambda: len(work.threads) == 8)
+    workers = [thread for thread in threading.enumerate() if thread.ident in work.threads]
+    work.queue.stop()
+    eventually(lambda: not any(thread.is_alive() for thread in workers))
+    assert work.answered(30)
+    assert not work.queue.tasks
+
+
+# Interrupts ---------------------------------------------------------------------------------------
+
+
+class Interrupted(bytes):
+    """The name of a connection that interrupts who looks it up: in the midst of a message."""
+
+    def __hash__(self) -> int:
+        raise KeyboardInterrupt
+
+
+def test_interrupt_in_the_midst_of_a_batch_loses_the_message_in_hand_and_no_other(inbound_bench: InboundBench) -> None:
+    bench = inbound_bench
+    queue = bench.offer("clock")
+    for number in range(5):
+        frame = bench.request("clock")
+        bench.arrive(frame, Interrupted(b"\0conn") if number == 2 else b"\0conn")
+    with pytest.raises(KeyboardInterrupt):
+        bench.inbound.look(time.monotonic())
+    taken = [bench.inbound.take(queue, time.monotonic() + 0.2) for _ in range(5)]
+    assert [request.id for request in taken if request is not None] == [1, 2, 4, 5]
+
+
+def test_interrupt_behind_a_look_loses_no_message_of_it(inbound_bench: InboundBench) -> None:
+    bench = inbound_bench
+    queue = bench.offer("clock")
+    for _ in range(5):
+        take_in(bench, "clock")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    bench.socket.found.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bench.inbound.look(time.monotonic())
+    taken = [bench.inbound.take(queue, time.monotonic() + 0.2) for _ in range(5)]
+    assert [request.id for request in taken if request is not None] == [1, 2, 3, 4, 5]
+
+
+def test_leader_is_told_of_what_an_interrupt_left_behind(inbound_bench: InboundBench, background, eventually) -> None:
+    bench = inbound_bench
+    queue, other = bench.offer("clock"), bench.offer("alarm")
+    take_in(bench, "alarm")
+    request = bench.inbound.take(other, far())
+    assert request is not None
+    looked = bench.socket.looked
+    leading = background(bench.inbound.take, queue, far())
+    eventually(lambda: leads(bench, looked))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    bench.arrive(bench.request("clock"))  # no signal: the answering thread's look has eaten the edge
+    bench.socket.found.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bench.inbound.answer(request, answer_of(request))
+    assert leading.result(SOON).service == "clock"
+
+
+# Inline -------------------------------------------------------------------------------------------
 
 
 def test_inline_method_runs_where_it_is_received_and_does_not_nest(inbound_bench: InboundBench) -> None:
@@ -221,7 +447,7 @@ def test_inline_method_runs_where_it_is_received_and_does_not_nest(inbound_bench
         bench.inbound.answer(request, answer_of(request))
         depth -= 1
 
-    offer(bench, "clock", Queue(run, 1, frozenset({"read"})))
+    bench.offer("clock", Queue(run, 1, {"read"}, frozenset({"read"})))
     take_in(bench, "clock")
     bench.inbound.look(time.monotonic())
     assert (ran, deepest) == (300, 1)
@@ -229,7 +455,7 @@ def test_inline_method_runs_where_it_is_received_and_does_not_nest(inbound_bench
 
 def test_exception_in_the_lock_releases_it(inbound_bench: InboundBench) -> None:
     bench = inbound_bench
-    queue = offer(bench, "clock")
+    queue = bench.offer("clock")
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -247,7 +473,7 @@ def test_close_ends_who_waits_and_counts_what_is_answered_after_it(
     inbound_bench: InboundBench, background, eventually
 ) -> None:
     bench = inbound_bench
-    queue = offer(bench, "clock")
+    queue = bench.offer("clock")
     take_in(bench, "clock")
     request = bench.inbound.take(queue, far())
     assert request is not None

@@ -13,7 +13,7 @@ import pytest
 from tests.transport.conftest import LinkBench, reply_to
 
 from onehop.protocol import wire
-from onehop.protocol.calls import LOST, REJECTED, REPLIED
+from onehop.protocol.calls import LOST, REJECTED, REPLIED, Call
 from onehop.transport.link import BATCH, Link
 
 SOON = 2.0  # seconds: far below the deadlines here, far above what a busy machine needs
@@ -25,8 +25,16 @@ def far() -> float:
 
 
 def polls(bench: LinkBench) -> bool:
-    """Whether somebody leads, has looked, and is (or is about to be) asleep on the descriptor."""
-    return bench.link._lead.locked() and bench.socket.looked > 0 and not bench.link._lock.locked()
+    """Whether somebody leads (or waits alone), has looked, and is (or is about to be) asleep on the descriptor."""
+    link = bench.link
+    return bench.socket.looked > 0 and bool(link._alone or (link._lead.locked() and not link._lock.locked()))
+
+
+def exchange(bench: LinkBench, call: Call, frame: bytes, within: float = FAR) -> bool:
+    """Send ``call`` and wait; whether it has news."""
+    call.deadline = time.monotonic() + within
+    bench.link.exchange(call, frame)
+    return call.outcome is not None
 
 
 def waiter(bench: LinkBench, background, within: float = FAR):  # type: ignore[no-untyped-def]
@@ -39,7 +47,7 @@ def test_lone_caller_sends_and_receives_by_itself(bench: LinkBench) -> None:
     call, frame = bench.begin()
     threads = threading.active_count()
     bench.socket.arrived.append(reply_to(call))
-    assert bench.link.exchange(call, frame, far())
+    assert exchange(bench, call, frame)
     assert threading.active_count() == threads
     assert (call.outcome, bytes(call.body), call.sent) == (REPLIED, b"reply", True)
     assert bench.socket.sent == [frame]
@@ -69,7 +77,7 @@ def test_frame_queued_while_the_leader_reads_its_own_reply_is_sent(bench: LinkBe
         bench.socket.arrived.append(reply_to(call))
 
     bench.socket.looks.append(arrive)
-    assert bench.link.exchange(call, frame, far())
+    assert exchange(bench, call, frame)
     assert bench.socket.sent == [frame, other]
 
 
@@ -158,7 +166,7 @@ def test_many_threads_on_a_slow_socket_each_get_their_reply(bench: LinkBench, ba
         good = True
         for _ in range(50):
             call, frame = bench.begin()
-            good &= bench.link.exchange(call, frame, far()) and call.body == b"%d" % call.id
+            good &= exchange(bench, call, frame) and call.body == b"%d" % call.id
         return good
 
     answering = background(answer)
@@ -167,13 +175,94 @@ def test_many_threads_on_a_slow_socket_each_get_their_reply(bench: LinkBench, ba
     assert bench.calls.pending == {}
 
 
+# Alone --------------------------------------------------------------------------------------------
+
+
+def late(number: int) -> bytes:
+    frame = wire.answer(wire.REPLY, 0, number, b"")
+    assert isinstance(frame, bytes)
+    return frame
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+@pytest.mark.parametrize("behind", [0, 1, BATCH + 1])
+def test_lone_caller_gets_its_reply_from_among_others_and_loses_none_of_them(
+    bench: LinkBench, before: int, behind: int
+) -> None:
+    call, frame = bench.begin()
+    bench.socket.arrived.extend([late(1000 + number) for number in range(before)])
+    bench.socket.arrived.append(reply_to(call))
+    bench.socket.arrived.extend([late(2000 + number) for number in range(behind)])
+    assert exchange(bench, call, frame)
+    assert call.body == b"reply"
+    again, frame = bench.begin()
+    bench.socket.arrived.append(reply_to(again))
+    assert exchange(bench, again, frame)
+    bench.link.look()
+    assert bench.calls.late == before + behind
+
+
+def test_lone_caller_hears_what_came_with_its_reply_and_is_for_no_call(bench: LinkBench) -> None:
+    call, frame = bench.begin()
+    bench.socket.arrived.extend([reply_to(call), wire.goodbye("bye")])
+    assert exchange(bench, call, frame)
+    bench.link.look()
+    assert bench.cold == [wire.goodbye("bye")]
+
+
+def test_lone_caller_shares_with_who_comes(bench: LinkBench, background, eventually) -> None:
+    first, frame = bench.begin()
+    alone = background(exchange, bench, first, frame)
+    eventually(lambda: polls(bench))
+    second, other = bench.begin()
+    beside = background(exchange, bench, second, other)
+    eventually(lambda: bench.socket.sent == [frame, other])
+    for call, waiting in ((second, beside), (first, alone)):
+        bench.socket.arrived.append(reply_to(call))
+        bench.socket.signal()
+        assert waiting.result(SOON) is True
+
+
+def test_lone_caller_whose_time_is_up_leaves(bench: LinkBench) -> None:
+    call, frame = bench.begin()
+    began = time.monotonic()
+    assert exchange(bench, call, frame, within=0.1) is False
+    assert 0.09 < time.monotonic() - began < 1.1
+    assert call.sent
+
+
+def test_lone_caller_is_lost_when_the_link_ends(bench: LinkBench, background, eventually) -> None:
+    call, frame = bench.begin()
+    waiting = background(exchange, bench, call, frame)
+    eventually(lambda: polls(bench))
+    began = time.monotonic()
+    assert bench.link.end("the connection ended")
+    assert time.monotonic() - began < 1.0
+    assert waiting.result(SOON) is True
+    assert (call.outcome, call.body) == (LOST, "the connection ended")
+    assert bench.link.close(0.0)
+
+
+def test_frame_for_another_is_no_outcome_for_a_lone_caller(bench: LinkBench, background, eventually) -> None:
+    call, frame = bench.begin()
+    waiting = background(exchange, bench, call, frame)
+    eventually(lambda: polls(bench))
+    bench.socket.arrived.append(late(999))
+    bench.socket.signal()
+    eventually(lambda: bench.calls.late == 1)
+    assert not waiting.ended
+    bench.socket.arrived.append(reply_to(call))
+    bench.socket.signal()
+    assert waiting.result(SOON) is True
+
+
 # No room ------------------------------------------------------------------------------------------
 
 
 def test_frame_that_finds_no_room_is_sent_when_there_is_some(bench: LinkBench, background, eventually) -> None:
     bench.socket.room = 0
     call, frame = bench.begin()
-    waiting = background(bench.link.exchange, call, frame, far())
+    waiting = background(exchange, bench, call, frame)
     eventually(lambda: polls(bench))
     assert call.sent is False
     bench.socket.room = 1
@@ -197,7 +286,7 @@ def test_frames_behind_one_that_finds_no_room_keep_their_order(bench: LinkBench)
 def test_call_that_was_given_up_before_it_left_is_not_sent(bench: LinkBench) -> None:
     bench.socket.room = 0
     call, frame = bench.begin()
-    assert bench.link.exchange(call, frame, time.monotonic() + 0.05) is False
+    assert exchange(bench, call, frame, within=0.05) is False
     assert bench.calls.give_up(call)
     assert call.sent is False
     bench.socket.room = 5
@@ -213,14 +302,14 @@ def test_garbage_is_counted_and_the_wait_goes_on(bench: LinkBench, garbage: byte
     call, frame = bench.begin()
     bench.link._control = lambda link, cold: wire.header(cold) and (_ for _ in ()).throw(wire.WireError("no"))  # type: ignore[assignment, attr-defined]
     bench.socket.arrived.extend([garbage, reply_to(call)])
-    assert bench.link.exchange(call, frame, far())
+    assert exchange(bench, call, frame)
     assert bench.link.bad_frames == 1
 
 
 def test_cold_frames_are_given_to_control(bench: LinkBench) -> None:
     call, frame = bench.begin()
     bench.socket.arrived.extend([wire.goodbye("bye"), reply_to(call)])
-    assert bench.link.exchange(call, frame, far())
+    assert exchange(bench, call, frame)
     assert bench.cold == [wire.goodbye("bye")]
 
 
@@ -243,6 +332,7 @@ def test_exception_while_leading_hands_the_lead_on(bench: LinkBench, background,
 
     main = threading.main_thread().ident
     assert main == threading.get_ident()
+    bench.begin()  # somebody else's: who is not alone leads
     first, frame = bench.begin()
     followers = []
 
@@ -257,7 +347,7 @@ def test_exception_while_leading_hands_the_lead_on(bench: LinkBench, background,
     try:
         disturbing = background(disturb)
         with pytest.raises(Interrupt):
-            bench.link.exchange(first, frame, far())
+            exchange(bench, first, frame)
     finally:
         signal.signal(signal.SIGUSR1, before)
     disturbing.result()
@@ -269,6 +359,29 @@ def test_exception_while_leading_hands_the_lead_on(bench: LinkBench, background,
     assert not bench.link._lock.locked()
 
 
+def test_interrupt_in_the_midst_of_a_batch_loses_the_frame_in_hand_and_no_other(
+    bench: LinkBench, background, eventually
+) -> None:
+    class Interrupting(dict[int, Call]):
+        def get(self, id: int, default: object = None) -> object:  # type: ignore[override]
+            if id == in_hand.id:
+                raise Interrupt
+            return super().get(id, default)
+
+    calls = [waiter(bench, background) for _ in range(5)]
+    eventually(lambda: polls(bench))
+    eventually(lambda: sum(call.waiter is not None for call, _ in calls) >= 4)
+    in_hand = calls[2][0]
+    bench.calls.pending = Interrupting(bench.calls.pending)
+    bench.socket.arrived.extend([reply_to(call) for call, _ in calls])  # no signal: the poster's look finds them
+    with pytest.raises(Interrupt):
+        bench.link.post(None, wire.pack(wire.CANCEL, id=7))
+    for call, waiting in calls:
+        if call is not in_hand:
+            assert waiting.result(SOON) is True
+    assert in_hand.outcome is None
+
+
 def test_exception_in_the_lock_releases_it(bench: LinkBench) -> None:
     def interrupt() -> None:
         raise Interrupt
@@ -276,7 +389,7 @@ def test_exception_in_the_lock_releases_it(bench: LinkBench) -> None:
     call, frame = bench.begin()
     bench.socket.looks.append(interrupt)
     with pytest.raises(Interrupt):
-        bench.link.exchange(call, frame, far())
+        exchange(bench, call, frame)
     assert not bench.link._lead.locked()
     assert not bench.link._lock.locked()
     bench.socket.arrived.append(reply_to(call))
@@ -292,7 +405,7 @@ def test_exception_in_the_lock_loses_no_reply_of_others(bench: LinkBench, backgr
     second, following = waiter(bench, background)
     eventually(lambda: second.waiter is not None)
     bench.socket.arrived.extend([reply_to(first), reply_to(second)])
-    bench.socket.looks.extend([lambda: None, lambda: None, interrupt])  # after both were read
+    bench.socket.found.append(interrupt)  # after both were read
     with pytest.raises(Interrupt):
         bench.link.post(None, wire.pack(wire.CANCEL, id=7))
     assert leading.result(SOON) is True
@@ -342,7 +455,7 @@ def test_nothing_is_sent_after_the_end(bench: LinkBench) -> None:
     bench.link.end("the connection ended")
     bench.link.post(None, wire.pack(wire.CANCEL, id=7))
     call, frame = bench.begin()
-    assert bench.link.exchange(call, frame, time.monotonic() + 0.05) is False
+    assert exchange(bench, call, frame, within=0.05) is False
     assert bench.socket.sent == []
 
 
