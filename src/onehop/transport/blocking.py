@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+from _thread import get_ident
 from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from onehop.transport.engine import Engine
 from onehop.transport.inbound import Inbound
 from onehop.transport.link import BATCH, STUCK, Link
 from onehop.transport.requests import Attempt, Terms
-from onehop.transport.waiting import PATIENCE, Wake, acquire, new_lock, poll, release, start_thread
+from onehop.transport.waiting import LONGEST_WAIT, PATIENCE, Wake, Watch, acquire, new_lock, release, start_thread
 
 Result = TypeVar("Result")
 
@@ -49,36 +50,56 @@ class BlockingLink(Link):
         self._leader: Call | None = None
         self._waiting: dict[Any, Any] = {}
         self._crowd = 0
+        self._alone = 0
         self._wake = Wake(socket.fd)
 
     def post(self, call: Call | None, frame: Frame) -> None:
         self._out.append((call, frame))
         self._turn()
 
-    def exchange(self, call: Call, frame: Frame, until: float) -> None:
-        """Send the registered ``call`` and wait until it has news, or ``until`` has come."""
+    def exchange(self, call: Call, frame: Frame) -> None:
+        """Send the registered ``call`` and wait until it has news, or its deadline has come."""
         if len(self.calls.pending) > 1:
             self._crowd = CROWD_MEMORY
         elif self._crowd:
             self._crowd -= 1
-        elif not self._out and self._lead.acquire(False):
-            # The lone caller: nobody else is here, so it leads from the start and nothing is handed over.
+        elif type(frame) is bytes and self._lock.acquire(False):
+            # The lone caller, who has the socket for as long as it takes. Whoever comes finds the lock taken, then sees
+            # _alone and ends the wait; or has queued his frame before we looked at _out.
+            self._alone = get_ident()
+            incoming = self._incoming
+            moved: list[Call] = []
             try:
-                self._receive(call, 0, until, frame)
+                if self.ended is None and not self._out:
+                    call.sent = True
+                    left = min(call.deadline - monotonic(), LONGEST_WAIT)
+                    call.sent = self.socket.exchange(frame, self._wake, int(left * 1000) + 1, incoming)
+                if incoming:
+                    self._take_in(moved)
             finally:
-                self._lead.release()
+                self._alone = 0
+                self._lock.release()
+                if self._cold:
+                    self._handle_cold()
                 if self._waiting:
                     self._hand_on()
-            if call.outcome is None:
-                self.wait(call, 0, until)
-            return
+            if call.sent:
+                if call.outcome is None or self._out:
+                    self.tell(moved, call)
+                    self._turn()
+                    self.wait(call, 0, call.deadline)
+                return
         self._out.append((call, frame))
         self._turn()
-        self.wait(call, 0, until)
+        self.wait(call, 0, call.deadline)
 
     def _turn(self) -> None:
         """Send and drain for everybody, unless somebody who will look again has the socket."""
-        while self._out and self._lock.acquire(False):
+        while self._out:
+            if not self._lock.acquire(False):
+                if self._alone:
+                    self._wake.set()
+                return
             # What a full batch left has no edge any more, and what found no room must be tried again soon (STUCK):
             # whoever leads must look. If nobody does, our caller will wait, and so lead.
             if self._pump(None, BATCH) or self._stuck:
@@ -87,7 +108,7 @@ class BlockingLink(Link):
                 return
 
     def look(self) -> None:
-        if self._lead.acquire(False):
+        if not self._alone and self._lead.acquire(False):
             try:
                 self._receive(None, 0, 0.0)
             finally:
@@ -127,21 +148,14 @@ class BlockingLink(Link):
             if next_one is not None:
                 release(next_one)
 
-    def _receive(self, call: Call | None, seen: int, until: float, frame: Frame | None = None) -> None:
-        """Lead: send and receive for everybody until ``call`` has news or ``until`` has come.
-
-        Args:
-            frame: of a lone caller, sent first, past the queue.
-        """
+    def _receive(self, call: Call | None, seen: int, until: float) -> None:
+        """Lead: send and receive for everybody until ``call`` has news or ``until`` has come."""
         self._leader = call
-        lock, pending = self._lock, self.calls.pending
+        lock = self._lock
         try:
             lock.acquire()
-            if frame is not None and call is not None:
-                self._send_past_queue(call, frame)
             while True:
-                # A lone caller takes its reply and leaves: whoever comes next looks before waiting.
-                more = self._pump(call, BATCH if len(pending) > 1 else 1)
+                more = self._pump(call, BATCH)
                 if call is None or call.outcome is not None or call.signs != seen:
                     if not self._out or self._stuck:
                         return
@@ -154,17 +168,6 @@ class BlockingLink(Link):
         finally:
             self._leader = None
 
-    def _send_past_queue(self, call: Call, frame: Frame) -> None:
-        try:
-            if self.ended is None:
-                call.sent = True
-                if not self.socket.send(frame):
-                    call.sent = False
-                    self._out.append((call, frame))
-        except BaseException:
-            self._lock.release()
-            raise
-
     def tell(self, calls: list[Call], me: Call | None = None) -> None:
         for call in calls:
             if call is me:
@@ -175,10 +178,19 @@ class BlockingLink(Link):
                 release(call.waiter)
 
     def end(self, why: str) -> bool:
+        self._wake.set()  # a lone caller gives the lock back
         first = super().end(why)
         if first:
             self._wake.set()
         return first
+
+    def _take_lock(self) -> bool:
+        # A signal handler may be here in the thread whose frame below waits alone: nothing else goes on in it.
+        return self._alone == get_ident() or super()._take_lock()
+
+    def _release_lock(self) -> None:
+        if self._alone != get_ident():
+            super()._release_lock()
 
     def forget(self) -> None:
         self._lead, self.opening = new_lock(), new_lock()
@@ -213,6 +225,8 @@ class BlockingEngine(Engine):
         super().__init__(*parts)
         self.changed = threading.Condition(self.lock)
         self._keeper: threading.Thread | None = None
+        self._watch = Watch()
+        self._watch.add(self._wake.fd, None)
 
     def request(self, terms: Terms, kind: int, flags: int, method: str, body: Body) -> Call:
         """Send a request to one server and wait for its outcome.
@@ -228,7 +242,7 @@ class BlockingEngine(Engine):
             return run(self.carry_through(begun, kind, flags, body))
         link, call, frame = begun
         try:
-            link.exchange(call, frame, call.deadline)
+            link.exchange(call, frame)
         except BaseException:
             self.cancel(link, call)
             raise
@@ -239,7 +253,9 @@ class BlockingEngine(Engine):
         return call
 
     def _new_link(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> Link:
-        return BlockingLink(socket, calls, control)
+        link = BlockingLink(socket, calls, control)
+        self._watch.add(socket.monitor_fd, link)
+        return link
 
     async def wait(self, link: Link, call: Call, seen: int, until: float) -> bool:
         assert isinstance(link, BlockingLink)
@@ -285,10 +301,31 @@ class BlockingEngine(Engine):
         self._wake.set()
 
     def _keep_house(self) -> None:
+        woken: list[Link] = []
         while not self.closed:
-            pause, descriptors = self.tidy()
-            if poll([self._wake.fd, *descriptors], pause):
-                self._wake.wait(0)
+            woken = self._wait_for_news(self.tidy(woken))
+
+    def _wait_for_news(self, seconds: float) -> list[Link]:
+        woken = []
+        for descriptor, link in self._watch.wait(seconds):
+            if link is None:
+                self._wake.clear()
+                continue
+            if descriptor == link.socket.fd:
+                self._rest(link, False)  # until its callers leave it idle again, they are woken and not this thread
+            woken.append(link)
+        return woken
+
+    def _rest(self, link: Link, idle: bool) -> None:
+        super()._rest(link, idle)
+        if idle:
+            self._watch.add(link.socket.fd, link)
+        else:
+            self._watch.discard(link.socket.fd)
+
+    def _leave(self, link: Link) -> None:
+        super()._leave(link)
+        self._watch.discard(link.socket.monitor_fd)
 
     def _stop_keeping(self) -> None:
         if self._keeper is not None and self._keeper is not threading.current_thread():

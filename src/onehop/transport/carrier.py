@@ -10,6 +10,7 @@ from typing import Protocol
 
 from onehop.protocol.inbox import Message
 from onehop.protocol.wire import Body, Frame
+from onehop.transport.waiting import Wake
 
 
 class Unreachable(Exception):
@@ -34,6 +35,23 @@ class LinkSocket(Protocol):
         Returns:
             False when it ran dry: nothing is left. True when the limit came first.
         """
+
+    def exchange(self, frame: bytes, wake: Wake, milliseconds: int, into: list[tuple[bytes, Body | None]]) -> bool:
+        """Send ``frame``, wait once for a message, and append it if one came.
+
+        Args:
+            wake: made beside this socket's descriptor; ends the wait too.
+            milliseconds: to wait at most.
+
+        Returns:
+            Whether ``frame`` was taken; where there was no room for it nothing else was done.
+        """
+        if not self.send(frame):
+            return False
+        if not self.drain(1, into):
+            wake.wait(milliseconds / 1000)
+            self.drain(1, into)
+        return True
 
     def ended(self) -> str | None:
         """Why the connection ended or could not be made; None while it is being made or stands."""

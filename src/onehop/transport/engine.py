@@ -17,7 +17,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import Any, NamedTuple, NoReturn
 
@@ -199,7 +199,8 @@ class Engine(ABC):
                 if isinstance(error, errors.ResourceLimit):
                     raise
                 raise errors.PeerLost(f"{name_of(peer)}: {error}", executed="no") from error
-            link = peer.link = self._new_link(socket, peer.calls, lambda link, frame: self._control(peer, link, frame))
+            link = peer.link = self._new_link(socket, peer.calls, self._control)
+            link.peer = peer
             self._links[peer.id] = link
         link.post(link.hello, hello)
         self._keep()
@@ -229,8 +230,9 @@ class Engine(ABC):
             await self.wait(link, link.hello, 0, min(until, link.began + HANDSHAKE))
         return link.hello.outcome is not None
 
-    def _control(self, peer: Peer, link: Link, frame: bytes) -> None:
-        """A frame from ``peer`` that is for no call."""
+    def _control(self, link: Link, frame: bytes) -> None:
+        """A frame that is for no call."""
+        peer: Peer = link.peer
         ended: list[Call] = []
         try:
             with self.lock:
@@ -627,37 +629,37 @@ class Engine(ABC):
 
     # Housekeeping ---------------------------------------------------------------------------------
 
-    def tidy(self) -> tuple[float, list[int]]:
+    def tidy(self, woken: Iterable[Link] = ()) -> float:
         """A round of cold work: ended connections, timers, links on which nobody waits.
 
+        Args:
+            woken: links of which a descriptor became readable.
+
         Returns:
-            Seconds until the next round, and descriptors that call for it earlier when they become readable.
+            Seconds until the next round.
         """
         with self.lock:
-            links = list(self._links.items())
             ended, self._ended_links = self._ended_links, []
         try:
-            self._look(links, monotonic())
+            self._look(woken, monotonic())
         except Exception:
             log.exception("the housekeeping of node %s met an error; it goes on", self.protocol.id.hex())
+        for link in ended:
+            self._leave(link)
         stuck = [link for link in ended if not link.close(0.0)]
         with self.lock:
             self._ended_links += stuck
             again = len(self._ended_links) > len(stuck)
-            monitors = [link.socket.monitor_fd for link in self._links.values() if not link.over]
         due = self.protocol.inbox.timer()
         pause = TICK if self.inbound is not None and not self.inbound.has_receiver else SLOW_TICK
         if due is not None:
             pause = min(pause, due - monotonic())
-        return 0.0 if again else max(pause, 0.0), monitors
+        return 0.0 if again else max(pause, 0.0)
 
-    def _look(self, links: list[tuple[bytes, Link]], now: float) -> None:
-        for id, link in links:
-            why = None if link.over else link.socket.ended()
-            if why is not None:
-                peer = self.protocol.peers.peers.get(id)
-                if peer is not None:
-                    self._lost(peer, link, why)
+    def _look(self, woken: Iterable[Link], now: float) -> None:
+        for link in woken:
+            self._hear(link)
+            link.look()
         with self.lock:
             before = self.protocol.routes
             self.protocol.handle_timer(now)
@@ -665,17 +667,45 @@ class Engine(ABC):
                 self._tell_change()
         if now - self._looked >= SLOW_TICK:
             self._looked = now
-            for id, link in links:
-                if link.over:
-                    continue
-                link.look()
-                for call in link.calls.expire(now - GRACE):  # begun, and its owner never came back for it
-                    self._give_up(link, call)
-                peer = self.protocol.peers.peers.get(id)
-                if peer is not None and peer.record is None and not link.calls.pending:
-                    self._lost(peer, link, "its record was withdrawn")
+            with self.lock:
+                links = list(self._links.values())
+            for link in links:
+                self._look_after(link, now)
         if self.inbound is not None:
             self.inbound.look(now)
+
+    def _look_after(self, link: Link, now: float) -> None:
+        """Receive what nobody waits for; after a round in which no call was under way, leave that to the descriptor.
+
+        Not before: a caller that leaves may eat the edge of a message that it does not read.
+        """
+        if link.over:
+            return
+        calls = link.calls
+        idle = not calls.pending and calls.last == link.numbered
+        if not (idle and link.resting):
+            link.numbered = calls.last
+            if idle != link.resting:
+                self._rest(link, idle)  # before the look: nothing may come unseen between
+            link.look()
+            for call in calls.expire(now - GRACE):  # begun, and its owner never came back for it
+                self._give_up(link, call)
+        if link.peer.record is None and not calls.pending:
+            self._lost(link.peer, link, "its record was withdrawn")
+
+    def _hear(self, link: Link) -> None:
+        """The connection of ``link`` may have ended."""
+        why = None if link.over else link.socket.ended()
+        if why is not None:
+            self._lost(link.peer, link, why)
+
+    def _rest(self, link: Link, idle: bool) -> None:
+        """Whether ``link`` is idle: then a message that comes wakes the housekeeping, which does not look by itself."""
+        link.resting = idle
+
+    def _leave(self, link: Link) -> None:
+        """Nobody waits for the descriptors of ``link`` any more: it is about to be closed."""
+        self._rest(link, False)
 
     # The rest -------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 from onehop.errors import WireError
 from onehop.protocol import wire
@@ -47,7 +48,14 @@ class Link(ABC):
         drained: whether the peer said that it runs nothing more of what it was sent.
         error: what the peer's hello was answered with, where the two cannot talk.
         began: when, on this process's monotonic clock.
+        peer: whom it leads to.
+        numbered, resting: the housekeeping's: the last call's number when it looked, and whether it looks no more
+            before something comes.
     """
+
+    peer: Any = None
+    numbered = 0
+    resting = False
 
     def __init__(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> None:
         self.socket = socket
@@ -143,26 +151,27 @@ class Link(ABC):
         """Read what is there, under ``_lock``; True when the limit came first and more may be."""
         if self.ended is not None:
             return False
-        incoming = self._incoming
-        more = self.socket.drain(limit, incoming)
-        if incoming:
-            receive, done = self.calls.receive, 0
-            try:
-                for frame, body in incoming:
-                    done += 1
-                    try:
-                        if not receive(frame, body, moved):
-                            self._cold.append(frame)
-                            if wire.is_final(frame):
-                                # Noted at once: the connection's end may overtake whoever handles it. Nothing comes
-                                # behind it.
-                                self.drained, self.ended = True, "it was drained"
-                                return False
-                    except WireError:
-                        self.bad_frames += 1
-            finally:
-                del incoming[:done]
-        return more
+        more = self.socket.drain(limit, self._incoming)
+        return self._take_in(moved) and more if self._incoming else more
+
+    def _take_in(self, moved: list[Call]) -> bool:
+        """Give what was read to the calls, under ``_lock``; False when nothing more comes."""
+        incoming, receive, done = self._incoming, self.calls.receive, 0
+        try:
+            for frame, body in incoming:
+                done += 1
+                try:
+                    if not receive(frame, body, moved):
+                        self._cold.append(frame)
+                        if wire.is_final(frame):
+                            # At once: the connection's end may overtake whoever handles it. Nothing comes behind.
+                            self.drained, self.ended = True, "it was drained"
+                            return False
+                except WireError:
+                    self.bad_frames += 1
+        finally:
+            del incoming[:done]
+        return True
 
     def _handle_cold(self) -> None:
         while self._cold:
@@ -188,8 +197,7 @@ class Link(ABC):
         ``ended`` is set before the calls are lost: a call registered later than that sees it.
         """
         moved: list[Call] = []
-        # Not without an end: a signal handler may be here in the thread whose frame below holds the lock.
-        held = acquire(self._lock, PATIENCE)
+        held = self._take_lock()
         try:
             if self.over:
                 return False
@@ -200,11 +208,18 @@ class Link(ABC):
             self.ended = self.ended or why
         finally:
             if held:
-                self._lock.release()
+                self._release_lock()
         self._handle_cold()  # a final goodbye may be among them, which says what did not run
         left = self.calls.refuse("draining") if self.drained else self.calls.lose(why)
         self.tell([*moved, *left])
         return True
+
+    def _take_lock(self) -> bool:
+        # Not without an end: a signal handler may be here in the thread whose frame below holds the lock.
+        return acquire(self._lock, PATIENCE)
+
+    def _release_lock(self) -> None:
+        self._lock.release()
 
     def forget(self) -> None:
         """In a forked child: the socket is the parent's. libzmq would let nobody out who touched it here."""

@@ -16,8 +16,9 @@ from onehop.errors import ResourceLimit, SettingsError
 from onehop.protocol import wire
 from onehop.protocol.inbox import Message
 from onehop.protocol.wire import Body, Frame
-from onehop.transport.carrier import Unreachable
+from onehop.transport.carrier import LinkSocket, Unreachable
 from onehop.transport.native import native
+from onehop.transport.waiting import Wake
 
 # Plain integers: arithmetic on zmq's enumerations costs a microsecond each time.
 _NOWAIT = int(zmq.NOBLOCK)
@@ -27,10 +28,10 @@ _HANDSHAKE_FAILURES = int(
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 
-LINK_DESCRIPTORS = 5
 _MONITOR_EVENT = struct.Struct("=H")
 """How a monitor's message begins. Not ``zmq.utils.monitor``: it imports asyncio, seven megabytes."""
 
+LINK_DESCRIPTORS = 5
 """Of one link: mailbox, connection, both ends of its monitor, and the engine's eventfd."""
 RESERVED_DESCRIPTORS = 64
 """Left to the program: no link is opened when fewer are free. Where none is, libzmq aborts the process, or spins."""
@@ -61,7 +62,6 @@ INBOUND_OPTIONS: Options = (
     (zmq.SNDHWM, 16_384, "above all a well-behaved caller can be owed; a caller that never reads loses its replies"),
     (zmq.RCVHWM, 1_024, "what is not read waits in the senders, whose windows bound it"),
 )
-
 LOCAL_LINK_OPTIONS: Options = (
     # The kernel tells at once when a process of this host ends; only one that is stopped ends nothing. Who connects
     # asks for that, now and then: 1,200 idle connections that ask every 2 s take one processor's hundredth at each end.
@@ -92,6 +92,7 @@ def _used_descriptors(enough: int) -> int:
     except FileNotFoundError:
         return 0
     return used
+
 
 def check_descriptors(wanted: int) -> None:
     """Make sure that ``wanted`` more descriptors may be opened, raising the soft limit if that helps.
@@ -167,6 +168,11 @@ class _Link(_Socket):
         except zmq.Again:
             return False
         return True
+
+    def exchange(self, frame: bytes, wake: Wake, milliseconds: int, into: list[tuple[bytes, Body | None]]) -> bool:
+        if wake.native is None:
+            return LinkSocket.exchange(self, frame, wake, milliseconds, into)
+        return bool(wake.native.exchange(self._address, frame, self.fd, wake.fd, milliseconds, into))
 
     def _drain(self, limit: int, into: list[tuple[bytes, Body | None]]) -> bool:
         # To ask for the events is cheaper than the exception of a receive that fails, and dearer than a receive: so it

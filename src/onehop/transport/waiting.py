@@ -51,38 +51,71 @@ def poll(descriptors: Sequence[int], seconds: float) -> list[int]:
     return [descriptor for descriptor, _ in poller.poll(seconds * 1000)]
 
 
+class Watch:
+    """Many descriptors, of which one thread waits for any; each is told of for as long as it is readable."""
+
+    __slots__ = ("_epoll", "_watched")
+
+    def __init__(self) -> None:
+        self._watched: dict[int, Any] = {}
+        self._epoll: Any = select.epoll() if hasattr(select, "epoll") else None
+
+    def add(self, descriptor: int, whose: Any) -> None:
+        """Wait for ``descriptor`` from now on."""
+        if descriptor not in self._watched:
+            self._watched[descriptor] = whose
+            if self._epoll is not None:
+                self._epoll.register(descriptor, select.EPOLLIN)
+
+    def discard(self, descriptor: int) -> None:
+        """Do not wait for ``descriptor`` any more. Comes before it is closed: a forked child may hold it open."""
+        if self._watched.pop(descriptor, None) is not None and self._epoll is not None:
+            self._epoll.unregister(descriptor)
+
+    def wait(self, seconds: float) -> list[tuple[int, Any]]:
+        """Those that are readable, and whose they are, after at most ``seconds``."""
+        if self._epoll is not None and hasattr(select, "epoll"):
+            ready = [descriptor for descriptor, _ in self._epoll.poll(seconds)]
+        else:
+            ready = poll(list(self._watched), seconds)
+        return [(descriptor, self._watched[descriptor]) for descriptor in ready if descriptor in self._watched]
+
+
 class Wake:
     """Something to poll beside a socket, so that another thread can end the wait.
 
     Args:
         beside: the descriptor of the socket; -1 where there is none.
+
+    Attributes:
+        native: the compiled functions, where they may wait here: not under green threads.
     """
 
-    __slots__ = ("_beside", "_both", "_poller", "fd")
+    __slots__ = ("_beside", "_poller", "fd", "native")
 
     def __init__(self, beside: int = -1) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._beside = beside
-        self._both = (beside, self.fd) if beside >= 0 else (self.fd,)
         self._poller: Any = None
-        if hasattr(select, "poll"):
+        self.native: Any = native if hasattr(select, "poll") else None
+        if self.native is None and hasattr(select, "poll"):
             self._poller = select.poll()
-            for descriptor in self._both:
-                self._poller.register(descriptor, select.POLLIN)
+            for descriptor in (beside, self.fd):
+                if descriptor >= 0:
+                    self._poller.register(descriptor, select.POLLIN)
 
     def wait(self, seconds: float) -> None:
         """Sleep until the socket's descriptor or :meth:`set` ends it, at most ``seconds``. One thread at a time."""
-        if seconds > LONGEST_WAIT:
-            seconds = LONGEST_WAIT
-        if self._poller is not None and hasattr(select, "poll"):
-            # Rounded up: a wait that ends a little early would turn into a busy one.
-            milliseconds = int(seconds * 1000) + 1 if seconds > 0 else 0
-            if native is not None:
-                native.wait(self._beside, self.fd, milliseconds)
-                return
+        # Rounded up: a wait that ends a little early would turn into a busy one.
+        milliseconds = int(min(seconds, LONGEST_WAIT) * 1000) + 1 if seconds > 0 else 0
+        if self.native is not None:
+            self.native.wait(self._beside, self.fd, milliseconds)
+            return
+        if self._poller is not None:
             ready = self._poller.poll(milliseconds)
         else:
-            ready = [(fd, 0) for fd in select.select(self._both, (), (), max(seconds, 0.0))[0]]
+            both = (self._beside, self.fd) if self._beside >= 0 else (self.fd,)
+            ready = [(fd, 0) for fd in select.select(both, (), (), milliseconds / 1000)[0]]
         for fd, _ in ready:
             if fd == self.fd:
                 self.clear()
