@@ -32,11 +32,16 @@ MAY_IMPORT = {
     "protocol": ("errors", ""),
     "transport": ("protocol errors settings interfaces statistics", "zmq"),
     "registry": ("errors settings interfaces", "msgspec"),
-    "sync": (f"{LEAVES} protocol transport registry", "msgspec"),
-    "asyncio": (f"{LEAVES} protocol transport registry", "msgspec"),
+    "serving": (f"{LEAVES} protocol transport", "msgspec"),
+    "faces": (f"{LEAVES} protocol transport registry", "msgspec"),
+    "sync": (f"{LEAVES} protocol transport registry faces serving", "msgspec"),
+    "asyncio": (f"{LEAVES} protocol transport registry faces serving", "msgspec"),
     "oslo": (PUBLIC, "msgspec oslo_config oslo_messaging oslo_serialization oslo_utils"),
     "cli": (f"{PUBLIC} testing", "typer rich click oslo_config oslo_messaging oslo_serialization"),
-    "testing": (f"onehop {LEAVES} protocol transport registry sync asyncio", "msgspec zmq pytest hypothesis"),
+    "testing": (
+        f"onehop {LEAVES} protocol transport registry faces serving sync asyncio",
+        "msgspec zmq pytest hypothesis",
+    ),
 }
 
 # The core decides from its arguments alone: neither a clock nor a socket, nor what differs from run to run.
@@ -260,6 +265,8 @@ def tree_of(root: Path, sources: dict[str, str]) -> dict[str, Module]:
         ("registry/local", "from onehop import protocol"),
         ("sync/node", "import zmq"),
         ("sync/node", "from onehop.asyncio import node"),
+        ("faces", "from onehop.sync import node"),
+        ("serving", "from onehop import registry"),
         ("oslo/driver", "from onehop.sync.node import Node"),
         ("oslo/driver", "from onehop import transport"),
         ("transport/loop", "from onehop.testing import contracts"),
