@@ -25,7 +25,9 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from benchmarks.measure import BROKERS, WARM_UP, Broker, Failed, Options, Row, Say, Worker, cpu_seconds, family
 from benchmarks.system import Setup, System
+from benchmarks.systems import SYSTEMS
 
+NEIGHBOUR = SYSTEMS["neighbour"]
 HOSTS = (1, 2, 4, 8, 16)
 QUICK = (1, 4, 8)
 SHARE = 0.05
@@ -48,7 +50,8 @@ the client calls the server of the next host in a ring. A broker's host has the 
 are N times the rate of one host, and *linear* is the rate as a part of that. *share used* is what the hosts used of
 their shares, and *broker used* the broker of its own; *cpu used* is the whole machine's, in processors.
 
-A simulation on one machine: there is no network, all hosts share one processor and its caches, the broker has another,
+A simulation on one machine: there is no network, all hosts share one processor and its caches (those that have no part
+at some N are busy with something else, so that as many share them at every N), the broker has another processor,
 and shares come in slices of {quota:.1f} ms every {period:.0f} ms, which makes a call dearer than on a processor of
 one's own. All of that is the same for every system and every N."""
 READING = READING.format(share=SHARE, callers=CALLERS, quota=SHARE * PERIOD / 1e3, period=PERIOD / 1e3)
@@ -238,8 +241,8 @@ def bound_to(cpu: int) -> Iterator[None]:
 class Ring:
     """The hosts of one system, for every N: a server each, and a client for each server that it is to call.
 
-    A client's neighbour is the next host; that of the last one is the first, so hosts that are last at some N have two
-    clients, of which one is idle.
+    The last host calls the first, so hosts that are last at some N have two clients, of which one is idle. Hosts that
+    have no part work for themselves, so that at every N as many share the processor and its caches.
     """
 
     def __init__(self, system: System, sizes: Sequence[int], held: Limits, stack: ExitStack) -> None:
@@ -252,16 +255,17 @@ class Ring:
             with bound_to(processors()[-1]):
                 self._broker = stack.enter_context(BROKERS[system.broker]())
 
-        def start(role: str, host: int, service: int) -> Worker:
-            worker = Worker(role, system, self._setup(f"{role}-{host}-{service}", host, service))
+        def start(system: System, role: str, host: int, service: int) -> Worker:
+            worker = Worker(role, system, self._setup(f"{system.name}-{host}-{service}", host, service))
             stack.callback(worker.end)
             return worker
 
-        self._servers = [start("server", host, host) for host in range(max(sizes))]
+        self._servers = [start(system, "server", host, host) for host in range(max(sizes))]
+        self._others = [start(NEIGHBOUR, "client", host, host) for host in range(max(sizes))]
         addresses = [each.answer(START_LIMIT) for each in self._servers]
         ways = sorted({(host, (host + 1) % size) for size in sizes for host in range(size)})
-        self._clients = {way: start("client", *way) for way in ways}
-        for each in self._clients.values():
+        self._clients = {way: start(system, "client", *way) for way in ways}
+        for each in (*self._others, *self._clients.values()):
             each.answer(START_LIMIT)
         for (_, service), each in self._clients.items():
             each.send("connect", addresses=[addresses[service]])
@@ -284,9 +288,9 @@ class Ring:
 
     def _gather(self) -> None:
         """Put everything where it belongs. It may still use what it likes: starting took more than a share."""
-        for host, server in enumerate(self._servers):
-            clients = [each.pid for (at, _), each in self._clients.items() if at == host]
-            self._held.put(f"host-{host}", [server.pid, *clients])
+        for host, always in enumerate(zip(self._servers, self._others, strict=True)):
+            clients = [each for (at, _), each in self._clients.items() if at == host]
+            self._held.put(f"host-{host}", [each.pid for each in (*always, *clients)])
         if self._broker:
             self._held.put("broker", family(self._broker.pid))
 
@@ -294,10 +298,10 @@ class Ring:
         return [self._clients[host, (host + 1) % size] for host in range(size)]
 
     def _run(self, size: int, seconds: float) -> None:
-        calling = self._calling(size)
-        for each in calling:
+        working = [*self._calling(size), *self._others[size:]]
+        for each in working:
             each.send("run", seconds=seconds, callers=CALLERS)
-        for each in calling:
+        for each in working:
             each.answer(seconds + START_LIMIT)
 
     def _clocks(self, size: int) -> tuple[float, float, float, float]:

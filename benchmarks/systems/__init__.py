@@ -49,6 +49,7 @@ _TABLE = (
     System("multipart ipc", "limit", "limits:MultipartRouter", "limits:MultipartDealer", (*LIMIT, "quad"), IPC),
     System("push/pull tcp", "limit", "limits:Pull", "limits:Push", ("cast",), TCP),
     System("push/pull ipc", "limit", "limits:Pull", "limits:Push", ("cast",), IPC),
+    System("neighbour", "limit", "neighbour:Server", "neighbour:Client", ()),
     # --- peers
     System("rpyc", "peer", "rpyc_:Server", "rpyc_:Client", (*PEER, PAIRS), needs="rpyc"),
     System("rpyc, one connection", "peer", "rpyc_:Server", "rpyc_:Client", ("threads-32",), SHARED, needs="rpyc"),
