@@ -16,7 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -274,6 +274,49 @@ def test_a_refresh_has_delivered_when_it_returns(make: Open) -> None:
     other.withdraw()
     registry.refresh()
     assert views.nodes == []
+
+
+def instances() -> tuple[int, int]:
+    """Of this process: watching threads, inotify instances."""
+    links = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return sum(each.name == "onehop-registry" for each in threading.enumerate()), links.count("anon_inode:inotify")
+
+
+def test_nodes_of_a_process_share_one_watch_until_the_last_of_them_closes(settings: Settings) -> None:
+    before = instances()
+    registries = [LocalRegistry(settings) for _ in range(5)]
+    everyone = [Views() for _ in registries]
+    for registry, views in zip(registries, everyone, strict=True):
+        registry.watch(views)
+    assert instances() == (before[0] + 1, before[1] + 1)
+    other = LocalRegistry(settings)
+    for number in range(5):
+        other.announce(record(number))
+        assert all(views.become(number) for views in everyone[number:])
+        registries[number].close()
+        assert instances() == (before if number == 4 else (before[0] + 1, before[1] + 1))
+    assert [views.nodes for views in everyone] == [[number] for number in range(5)], "a closed one was told"
+    other.close()
+
+
+def test_a_watcher_that_fails_keeps_nothing_from_others(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    def deliver(records: Sequence[Record]) -> None:
+        if records:
+            raise ValueError("none is too many")
+
+    failing, other, views = LocalRegistry(settings), LocalRegistry(settings), Views()
+    failing.watch(deliver)
+    other.watch(views)
+    other.announce(record(1))
+    assert views.become(1)
+    assert eventually(lambda: "none is too many" in caplog.text)
+    other.announce(record(2))
+    assert views.become(2)
+    failing.close()
+    other.close()
 
 
 def test_churn_in_many_threads_ends_in_the_right_view(make: Open, watched: Views) -> None:

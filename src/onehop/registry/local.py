@@ -33,7 +33,8 @@ RECORD_LIMIT = 1024 * 1024  # bytes of one record
 SOCKET_PATH_LIMIT = 107  # bytes of a path that a Unix socket can have
 FULL_LOOK_PERIOD = 2.0  # seconds between two looks at everything, beside inotify's notices; at least,
 FULL_LOOK_PERIOD_PER_RECORD = 0.04  # and this for each record, so that many cost no more than 50
-POLL_PERIOD = 0.2  # the same without inotify
+POLL_PERIOD = 0.2  # the same without inotify; at least,
+POLL_PERIOD_PER_RECORD = 0.0002  # and this for each record that a node of this process looks at
 _DOUBT_PERIOD, _DOUBT_LOOKS = 0.02, 4
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
@@ -227,7 +228,7 @@ class LocalRegistry(Registry):
         directory = self.prepare()
         if self._watch is None:
             # Before the first look, so that nothing happens unseen between the two.
-            self._watch = _Watch(self, directory, inotify=self._wants_inotify)
+            self._watch = _join(self, directory, self._wants_inotify)
         with self._looking():
             self._deliver, self._view = deliver, None
         self._look()
@@ -350,7 +351,12 @@ class LocalRegistry(Registry):
         self._deliver = None
         watch, self._watch = self._watch, None
         if watch is not None:
-            watch.stop()
+            _part(self, watch)
+            if self._looker != threading.get_ident():
+                # A look under way may deliver once more; not for ever: it may wait for a lock of whoever closes.
+                looking = self._lock("looking")
+                if looking.acquire(timeout=1.0):
+                    looking.release()
         self.withdraw()
 
     def forget(self) -> None:
@@ -360,7 +366,7 @@ class LocalRegistry(Registry):
         self._deliver = self._record = None
         watch, self._watch = self._watch, None
         if watch is not None:
-            watch.forget()
+            watch.forget(self)
         held, self._held = self._held, None
         if held is not None:
             os.close(held)
@@ -390,11 +396,19 @@ class LocalRegistry(Registry):
 
 
 class _Watch:
-    """The thread that waits for changes."""
+    """The thread that waits for changes of one directory, for all nodes of this process that watch it.
 
-    def __init__(self, registry: LocalRegistry, directory: Path, *, inotify: bool) -> None:
-        self._registry = registry
+    The system has few inotify instances (``fs.inotify.max_user_instances``, often 128), and a process may have more
+    nodes than that.
+
+    Attributes:
+        registries: for which it waits; changed under the lock ``_sharing``.
+    """
+
+    def __init__(self, directory: Path, *, inotify: bool) -> None:
+        self.registries: tuple[LocalRegistry, ...] = ()
         self._directory = directory
+        self._process = os.getpid()
         self._forgotten = False
         self._thread: threading.Thread | None = None
         self._inotify: Inotify | None = None
@@ -410,11 +424,14 @@ class _Watch:
                 self._inotify = None
 
     def start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="onehop-registry", daemon=True)
-            self._thread.start()
+        """Start the thread, if it does not run."""
+        with _sharing():
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="onehop-registry", daemon=True)
+                self._thread.start()
 
     def stop(self) -> None:
+        """End the thread; nobody is watching any more."""
         if self._thread is None:
             self._release()
             return
@@ -422,9 +439,13 @@ class _Watch:
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=1.0)  # not for ever: deliver may wait for a lock of whoever closes
 
-    def forget(self) -> None:
-        self._forgotten = True
-        self._release()
+    def forget(self, registry: LocalRegistry) -> None:
+        """Let go of what a fork inherited."""
+        if self._process == os.getpid():
+            _part(registry, self)
+        elif not self._forgotten:
+            self._forgotten = True
+            self._release()
 
     def _release(self) -> None:
         os.close(self._end)
@@ -453,22 +474,29 @@ class _Watch:
             names = {name for name in (*changes.names, *changes.closed, *doubtful) if name.endswith(".json")}
             doubtful = {name: left - 1 for name, left in doubtful.items() if left > 1}
             doubtful |= {name: _DOUBT_LOOKS for name in changes.closed if name.endswith(".json")}
-            full = changes.incomplete or time.monotonic() >= full_look_at
+            if changes.incomplete or time.monotonic() >= full_look_at:
+                full_look_at = time.monotonic() + POLL_PERIOD
+                if self._look(None) and self._watches_again() and not changes.incomplete:
+                    full_look_at = time.monotonic() + self._period()
+            elif names:
+                self._look(names)
+
+    def _look(self, names: Iterable[str] | None) -> bool:
+        """Have each registry look at these names, or at all; whether that went well."""
+        went_well = True
+        for registry in self.registries:
             try:
-                if full:
-                    full_look_at = time.monotonic() + POLL_PERIOD
-                    self._registry._look()
-                    if self._watches_again() and not changes.incomplete:
-                        full_look_at = time.monotonic() + self._period()
-                elif names:
-                    self._registry._look(names)
+                registry._look(names)
             except Exception:
+                went_well = False
                 _log.exception("a look at the records in %s failed; another follows", self._directory)
+        return went_well
 
     def _period(self) -> float:
+        known = [len(registry._known) for registry in self.registries]
         if self._inotify is None:
-            return POLL_PERIOD
-        return max(FULL_LOOK_PERIOD, FULL_LOOK_PERIOD_PER_RECORD * len(self._registry._known))
+            return max(POLL_PERIOD, POLL_PERIOD_PER_RECORD * sum(known))
+        return max(FULL_LOOK_PERIOD, FULL_LOOK_PERIOD_PER_RECORD * max(known, default=0))
 
     def _watches_again(self) -> bool:
         """Watch the directory anew, as it may be another of that name by now; whether that went well."""
@@ -494,9 +522,39 @@ _ADVICE = "set ONEHOP_RUN_DIRECTORY to a directory that this user alone can writ
 
 # A forked child that never touches onehop would keep its parent's record locked after the parent's death.
 _in_use: weakref.WeakSet[LocalRegistry] = weakref.WeakSet()
+_watches: dict[tuple[Path, bool], _Watch] = {}
+_shared: dict[str, threading.Lock] = {}
+
+
+def _sharing() -> threading.Lock:
+    return _shared.setdefault("lock", threading.Lock())  # as LocalRegistry._lock
+
+
+def _join(registry: LocalRegistry, directory: Path, inotify: bool) -> _Watch:
+    """The watch of ``directory``, which waits for ``registry`` too from now on."""
+    with _sharing():
+        watch = _watches.get((directory, inotify))
+        if watch is None:
+            watch = _watches[directory, inotify] = _Watch(directory, inotify=inotify)
+        watch.registries += (registry,)
+        return watch
+
+
+def _part(registry: LocalRegistry, watch: _Watch) -> None:
+    """Let ``watch`` wait for ``registry`` no more, and end it where that was the last."""
+    with _sharing():
+        watch.registries = tuple(each for each in watch.registries if each is not registry)
+        last = not watch.registries
+        if last:
+            for key in [key for key, each in _watches.items() if each is watch]:
+                del _watches[key]
+    if last:
+        watch.stop()
 
 
 def _forget_all() -> None:
+    _shared.clear()  # the parent's thread that held it does not exist here
+    _watches.clear()
     for registry in list(_in_use):
         registry.forget()
     _in_use.clear()
