@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from copy import copy
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -151,8 +152,9 @@ class Call:
 
         A task that is cancelled here leaves the call as it is; others may wait for it.
         """
+        self._engine.check_loop()
         try:
-            await self._engine.outcome(self._attempt)
+            await self._engine.outcome(copy(self._attempt))  # what was seen of it is each waiter's own
         except CallError as error:
             if self._cancelled:
                 raise CallCancelled(f"{self._attempt} was cancelled here") from error

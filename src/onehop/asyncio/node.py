@@ -241,13 +241,18 @@ class Node:
         Returns:
             Whether everything was answered in time.
         """
-        return True if self._engine is None else await self._engine.drain(timeout)
+        if self._engine is None:
+            return True
+        self._engine.check_loop()
+        return await self._engine.drain(timeout)
 
     async def close(self, *, drain: bool = False) -> None:
         """End everything now, or after a :meth:`drain`. A closed node stays closed. May be called twice.
 
         Calls under way end as PeerLost; requests taken and not answered are left (their callers hear PeerLost).
         """
+        if self._making is not None:
+            self._making.check_loop()
         if drain and not self._closed:
             await self.drain()
         self._closed = True

@@ -28,6 +28,8 @@ from onehop.transport.waiting import PATIENCE, start_thread
 
 SWEEP = 0.05
 """Seconds between two looks for calls whose deadline has come; a timer for each call would cost more than the call."""
+HELD_UP = 0.25
+"""Seconds by which the housekeeping is late when something holds up the loop."""
 
 
 class LoopLink(Link):
@@ -104,6 +106,7 @@ class LoopEngine(Engine):
         self.inherited = False
         self._changes: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._due = FOREVER
         self._sweeping = False
         self._leading = False
         self._again_at: asyncio.TimerHandle | None = None
@@ -158,6 +161,7 @@ class LoopEngine(Engine):
 
     async def wait(self, link: Link, call: Call, seen: int, until: float) -> bool:
         if call.outcome is None and call.signs == seen and (left := until - monotonic()) > 0:
+            self.check_loop()
             if call.waiter is None or call.waiter.done():
                 call.waiter = self.loop.create_future()
             await asyncio.wait([call.waiter], timeout=left)  # not the future itself: others may wait for it too
@@ -201,6 +205,7 @@ class LoopEngine(Engine):
         await asyncio.sleep(seconds)
 
     async def _cold(self, action: Callable[..., None], *arguments: Any) -> None:
+        self.check_loop()
         # In a thread of its own: those of the loop's executor may all be busy with what the user gave them.
         done: asyncio.Future[None] = self.loop.create_future()
 
@@ -236,6 +241,7 @@ class LoopEngine(Engine):
 
     async def close_in_loop(self, linger: float = 1.0) -> None:
         """End everything now; see :meth:`close`."""
+        self.check_loop()
         await self._end_in_loop(linger)
         await self._guard.aclose()
 
@@ -311,8 +317,16 @@ class LoopEngine(Engine):
         self._wake.clear()
         if self._timer is not None:
             self._timer.cancel()
-        if not self.closed:
-            self._timer = self.loop.call_later(self.tidy(), self._keep_house)
+        if self.closed:
+            return
+        if self.loop.time() > self._due + HELD_UP:
+            # The loop was held up. Who waits looks first: a round would take from them what has come, or is theirs to
+            # end.
+            pause, self._due = 2 * SWEEP, FOREVER
+        else:
+            pause = self.tidy()
+            self._due = self.loop.time() + pause
+        self._timer = self.loop.call_later(pause, self._keep_house)
 
     def _stop_keeping(self) -> None:
         if self.loop.is_closed():
