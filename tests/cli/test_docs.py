@@ -63,8 +63,8 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / "intro" / "tutorial.md").read_text(), re.DOTALL)
+def blocks(page: str = "intro/tutorial.md") -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
 
 
 def served(process: subprocess.Popen[str], run: Callable[..., Any], eventually: Callable[..., None]) -> None:
@@ -102,3 +102,14 @@ def test_the_tutorial_runs(
     assert "outcome='taken'" in lines[5]
     assert lines[7].startswith("CallTimeout unknown 'sleep' of service 'clock'")
     process.send_signal(signal.SIGKILL)
+
+
+def test_the_page_about_asyncio_runs(start: Start, run: Callable[..., Any], eventually: Callable[..., None]) -> None:
+    server, client = blocks("howto/asyncio.md")
+    process = start(command=(sys.executable, "-c", server))
+    served(process, run, eventually)
+    out, err = start(command=(sys.executable, "-c", client)).communicate(timeout=30)
+    assert (out.splitlines(), err) == (["[0.0, 0.01, 0.02]", "2", "given up"], "")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == ""
+    assert process.returncode == 0

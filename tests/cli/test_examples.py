@@ -46,6 +46,12 @@ def test_stream_holds_its_writer_and_notices_that_the_reader_left(start: Start) 
     ]  # fmt: skip
 
 
+def test_asyncio_clock_calls_streams_and_gives_up(start: Start) -> None:
+    assert output(start, "asyncio_clock.py") == [
+        "side by side: [0.0, 0.01, 0.02]", "ticks: [0, 1, 2]", "given up", "the caller of sleep gave up",
+    ]  # fmt: skip
+
+
 def test_oslo_program_runs_without_a_broker(start: Start) -> None:
     lines = output(start, "oslo_rpc.py")
     assert lines[0] == "host-2 is up for 5 days, says demo"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import pytest
@@ -228,6 +230,11 @@ class RealCloud:
         return self._numbers
 
     def server(self, name: str, *, workers: int = 8, **settings: Any) -> Node:
+        node = self._make_node(**settings)
+        node.serve(SERVICE, {"work": self._handler(name, workers)}, server=name, workers=workers)
+        return node
+
+    def _handler(self, name: str, workers: int) -> Callable[..., Any]:
         def work(number: int, seconds: float, fails: bool) -> str:
             self.runs.append(number)
             threading.Event().wait(seconds)
@@ -235,9 +242,7 @@ class RealCloud:
                 raise ValueError("as asked")
             return name
 
-        node = self._make_node(**settings)
-        node.serve(SERVICE, {"work": work}, server=name, workers=workers)
-        return node
+        return work
 
     def client(self, **settings: Any) -> Node:
         return self._make_node(**settings)
@@ -305,6 +310,26 @@ class RealCloud:
     def close(self) -> None:
         for link in self._raw:
             link.close(0.0)
+
+
+class LoopCloud(RealCloud):
+    """Nodes of the asyncio face, whose handlers are coroutines; as many run at once as there would be workers."""
+
+    def _handler(self, name: str, workers: int) -> Callable[..., Any]:
+        room = asyncio.Semaphore(workers)
+
+        async def work(number: int, seconds: float, fails: bool) -> str:
+            async with room:
+                self.runs.append(number)
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    with suppress(asyncio.CancelledError):  # as a thread would, it finishes what it began
+                        await asyncio.sleep(end - time.monotonic())
+            if fails:
+                raise ValueError("as asked")
+            return name
+
+        return work
 
 
 class VirtualRequest:
@@ -406,10 +431,27 @@ class VirtualCloud:
         pass
 
 
-@pytest.fixture(params=["zmq", "memory", "world"])
+@pytest.fixture
+def loop_nodes(open_portal: Callable[[], Any]) -> Iterator[Callable[..., Any]]:
+    """Makes nodes of the asyncio face, and closes them when the test is over."""
+    with open_portal() as portal:
+        nodes: list[Any] = []
+
+        def make(**settings: Any) -> Any:
+            nodes.append(portal.node(**settings))
+            return nodes[-1]
+
+        yield make
+        for node in reversed(nodes):
+            node.close()
+
+
+@pytest.fixture(params=["zmq", "memory", "asyncio", "world"])
 def cloud(request: pytest.FixtureRequest, make_node: Callable[..., Node]) -> Iterator[RealCloud | VirtualCloud]:
     made: RealCloud | VirtualCloud
-    if request.param == "world":
+    if request.param == "asyncio":
+        made = LoopCloud(request.getfixturevalue("loop_nodes"))
+    elif request.param == "world":
         made = VirtualCloud(World(11))
     elif request.param == "memory":
         network = Network()
