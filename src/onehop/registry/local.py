@@ -36,6 +36,7 @@ FULL_LOOK_PERIOD_PER_RECORD = 0.04  # and this for each record, so that many cos
 POLL_PERIOD = 0.2  # the same without inotify; at least,
 POLL_PERIOD_PER_RECORD = 0.0002  # and this for each record that a node of this process looks at
 _DOUBT_PERIOD, _DOUBT_LOOKS = 0.02, 4
+_REST, _LONGEST_REST = 4.0, 1.0  # after a look: times as long as it took, seconds; many who come are seen together
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 _log = logging.getLogger(__name__)
@@ -280,6 +281,8 @@ class LocalRegistry(Registry):
 
     def _examine(self, name: str) -> None:
         path = f"{self.directory}/{name}"
+        watch = self._watch
+        read = {} if watch is None else watch.read
         signature: _Signature = (0, 0, 0)
         content: Record | str | None
         try:
@@ -294,8 +297,9 @@ class LocalRegistry(Registry):
             try:
                 found = os.fstat(descriptor)
                 signature = (found.st_ino, found.st_ctime_ns, found.st_size)
-                known = self._known.get(name)
+                known = self._known.get(name) or read.get(name)
                 content = known[1] if known and known[0] == signature else _content(name, descriptor, found)
+                read[name] = signature, content
                 if isinstance(content, Record) and _can_lock(descriptor):
                     self._remove_stale(Path(path), content, found.st_ino)
                     content = None
@@ -304,6 +308,7 @@ class LocalRegistry(Registry):
 
         if content is None:
             self._known.pop(name, None)
+            read.pop(name, None)
         else:
             self._known[name] = (signature, content)
         if isinstance(content, str):
@@ -403,10 +408,12 @@ class _Watch:
 
     Attributes:
         registries: for which it waits; changed under the lock ``_sharing``.
+        read: what any of them has read, so that the others need not.
     """
 
     def __init__(self, directory: Path, *, inotify: bool) -> None:
         self.registries: tuple[LocalRegistry, ...] = ()
+        self.read: dict[str, tuple[_Signature, Record | str]] = {}
         self._directory = directory
         self._process = os.getpid()
         self._forgotten = False
@@ -457,10 +464,13 @@ class _Watch:
         # Closed by a process that held it: the kernel tells just before it drops the lock, so a lock that is still
         # there is looked at a few times more.
         doubtful: dict[str, int] = {}
+        descriptors = [self._end] if self._inotify is None else [self._end, self._inotify.descriptor]
+        rest = 0.0
         while True:
-            timeout = max(0.0, full_look_at - time.monotonic())
             try:
-                ready = self._wait(min(timeout, _DOUBT_PERIOD) if doubtful else timeout)
+                self._wait(rest, [self._end])
+                timeout = max(0.0, full_look_at - time.monotonic())
+                ready = self._wait(min(timeout, _DOUBT_PERIOD) if doubtful else timeout, descriptors)
             except (OSError, ValueError):
                 if self._forgotten:  # green threads survive a fork; this one belongs to the parent
                     return
@@ -474,12 +484,14 @@ class _Watch:
             names = {name for name in (*changes.names, *changes.closed, *doubtful) if name.endswith(".json")}
             doubtful = {name: left - 1 for name, left in doubtful.items() if left > 1}
             doubtful |= {name: _DOUBT_LOOKS for name in changes.closed if name.endswith(".json")}
-            if changes.incomplete or time.monotonic() >= full_look_at:
+            began = time.monotonic()
+            if changes.incomplete or began >= full_look_at:
                 full_look_at = time.monotonic() + POLL_PERIOD
                 if self._look(None) and self._watches_again() and not changes.incomplete:
                     full_look_at = time.monotonic() + self._period()
             elif names:
                 self._look(names)
+            rest = min(_REST * (time.monotonic() - began), _LONGEST_REST)
 
     def _look(self, names: Iterable[str] | None) -> bool:
         """Have each registry look at these names, or at all; whether that went well."""
@@ -507,8 +519,7 @@ class _Watch:
             return False
         return True
 
-    def _wait(self, timeout: float) -> list[int]:
-        descriptors = [self._end] if self._inotify is None else [self._end, self._inotify.descriptor]
+    def _wait(self, timeout: float, descriptors: list[int]) -> list[int]:
         if not hasattr(select, "poll"):  # a patch for green threads removes it
             return list(select.select(descriptors, (), (), timeout)[0])
         poll = select.poll()
