@@ -178,6 +178,11 @@ class Incoming:
         self._settings = settings
 
     @property
+    def id(self) -> str:
+        """Names the request, as nothing else: the caller's node id and a number."""
+        return f"{self._request.sender.node.hex()}-{self._request.id}"
+
+    @property
     def kind(self) -> str:
         """``"call"``, ``"stream"``, ``"cast"`` or ``"fanout"``."""
         if self._request.kind == wire.REQUEST:
@@ -216,6 +221,11 @@ class Incoming:
         return self._request.cancelled
 
     @property
+    def given_up(self) -> bool:
+        """Whether nobody waits for its answer any more; never so for a cast."""
+        return self._request.kind == wire.REQUEST and expired(self._request)
+
+    @property
     def answered(self) -> bool:
         """Whether it was answered or done with."""
         return self._request.answered
@@ -237,7 +247,8 @@ class Incoming:
 
     def done(self) -> None:
         """It was dealt with: its room is free. Needed for casts."""
-        self._answer(None)
+        if not self._request.answered:
+            self._answer(None)
 
     def _answer(self, frame: wire.Frame | None) -> None:
         request = self._request

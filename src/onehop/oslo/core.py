@@ -80,15 +80,14 @@ class Core:
         Raises:
             CallError: there is no reply; says whether the request may have run.
         """
-        wait = math.inf if sending.attempts is None and not sending.mandatory else 0.0
-
-        def attempt(left: float) -> Any:
-            client = self._client(sending, timeout, wait, monitor)
-            if left < timeout:
-                client = client.options(timeout=left)
-            return client.call_raw(sending.method, sending.body)
-
-        return persist(attempt, timeout, sending.attempts)
+        service, server, method, body, _, attempts, mandatory, _ = sending
+        ready = math.inf if attempts is None and not mandatory else 0.0
+        client = self._client(service, server, timeout, ready, monitor)
+        deadline = time.monotonic() + timeout
+        try:
+            return client.call_raw(method, body)
+        except errors.CallError as error:
+            return persist(lambda left: client.options(timeout=left).call_raw(method, body), deadline, attempts, error)
 
     def cast(self, sending: Sending, limit: float | None = None) -> None:
         """Deliver to a receiver that is there, or hold the message.
@@ -99,8 +98,13 @@ class Core:
         may_hold = sending.attempts is None and not sending.mandatory
         if may_hold and sending[:2] in self.held:
             return self._hold(sending)  # behind those that came before
+        limit = limit or self.options["cast_timeout"]
+        deadline = time.monotonic() + limit
         try:
-            persist(lambda left: self._send(sending, left), limit or self.options["cast_timeout"], sending.attempts)
+            try:
+                self._send(sending, limit)
+            except errors.CallError as error:
+                persist(lambda left: self._send(sending, left), deadline, sending.attempts, error)
         except errors.CallError as error:
             if not may_hold:
                 raise
@@ -110,7 +114,8 @@ class Core:
 
     def fanout(self, sending: Sending) -> None:
         """Deliver to all receivers there are; those missed are logged."""
-        receipts = self._client(sending, self.options["cast_timeout"]).fanout_raw(sending.method, sending.body)
+        client = self._client(sending.service, sending.server, self.options["cast_timeout"])
+        receipts = client.fanout_raw(sending.method, sending.body)
         if sending.mandatory and not receipts:
             raise errors.NoRoute(f"nobody offers {sending.service}")
         for each in receipts:
@@ -120,7 +125,7 @@ class Core:
     def _send(self, sending: Sending, left: float) -> None:
         """Try once. What is for everybody goes to each pool that listens now, and is delivered or held for each."""
         if not sending.everybody:
-            client = self._client(sending, limit := self.options["cast_timeout"])
+            client = self._client(sending.service, sending.server, limit := self.options["cast_timeout"])
             (client if left >= limit else client.options(timeout=left)).cast_raw(sending.method, sending.body)
         elif pools := sorted({view.server for view in self.node.servers(sending.service)}):
             for pool in pools:
@@ -128,15 +133,17 @@ class Core:
         else:
             raise errors.NoRoute(f"nobody listens to {sending.service}")
 
-    def _client(self, sending: Sending, timeout: float, ready: float = 0.0, monitor: float | None = None) -> Client:
+    def _client(
+        self, service: str, server: str, timeout: float, ready: float = 0.0, monitor: float | None = None
+    ) -> Client:
         """A client, kept because the turn it takes among the servers is worth keeping."""
-        key = (*sending[:2], timeout, ready, monitor)
+        key = (service, server, timeout, ready, monitor)
         client = self._clients.get(key)
         if client is None:
             if len(self._clients) >= CLIENTS_KEPT:
                 self._clients.clear()
-            given = {"server": sending.server, "timeout": timeout, "ready_timeout": ready, "monitor": monitor}
-            client = self._clients[key] = self.node.client(sending.service, **given)
+            given = {"server": server, "timeout": timeout, "ready_timeout": ready, "monitor": monitor}
+            client = self._clients[key] = self.node.client(service, **given)
         return client
 
     # --- holding
@@ -254,24 +261,31 @@ class Cores:
 CORES = Cores()
 
 
-def persist(attempt: Callable[[float], Any], limit: float, attempts: int | None) -> Any:
-    """Try until it works, ``limit`` seconds are over or the ``attempts`` are used up (None: no bound).
+def persist(attempt: Callable[[float], Any], deadline: float, attempts: int | None, error: errors.CallError) -> Any:
+    """Try again after ``error`` until it works, the deadline comes or the ``attempts`` are used up (None: no bound).
 
     Only what surely did not run is tried again. That nobody is there is final where attempts have no bound: the
     attempt itself waited then, or is not meant to.
+
+    Args:
+        attempt: is told how many seconds are left.
+        attempts: the first included.
+
+    Raises:
+        CallError: the last one.
     """
-    deadline = time.monotonic() + limit
-    left, pause = limit, FIRST_PAUSE
+    pause = FIRST_PAUSE
     for number in itertools.count(1):
+        final = isinstance(error, errors.CallTimeout | errors.RemoteError) or error.executed != "no"
+        if final or number == attempts or (attempts is None and isinstance(error, errors.NoRoute)):
+            break
+        pause = min(2 * pause, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+        left = deadline - time.monotonic() - pause
+        if left <= 0:
+            break
+        time.sleep(pause)
         try:
             return attempt(left)
-        except errors.CallError as error:
-            final = isinstance(error, errors.CallTimeout | errors.RemoteError) or error.executed != "no"
-            if final or number == attempts or (attempts is None and isinstance(error, errors.NoRoute)):
-                raise
-            pause = min(2 * pause, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-            left = deadline - time.monotonic() - pause
-            if left <= 0:
-                raise
-        time.sleep(pause)
-    return None
+        except errors.CallError as another:
+            error = another
+    raise error

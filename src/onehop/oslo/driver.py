@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -16,6 +17,7 @@ from onehop.oslo.core import CORES, Core, Sending
 from onehop.oslo.listener import Notification, PollListener, Request
 
 CALL_TIMEOUT = 60.0  # of a call that names none, which oslo.messaging's client never makes
+NOTIFY = "notify:"  # topics of notifications are none of RPC's
 SHORTEST = 0.001  # a timeout of 0 is allowed, and ends as a timeout
 
 
@@ -92,17 +94,18 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
             MessageDeliveryFailure: not delivered after ``retry`` more attempts.
             SendFailed: too large, not serialisable, the transport was cleaned up, or the node cannot work here.
         """
-        mandatory = bool(getattr(transport_options, "at_least_once", False))
+        mandatory = transport_options is not None and bool(getattr(transport_options, "at_least_once", False))
+        service = service_name("", target.exchange or self._default_exchange, target.topic)
         server = "" if target.fanout else target.server or ""
-        retry = None if mandatory else retry
-        sending = self._sending(self._service(target), server, ctxt, message, retry, mandatory=mandatory)
-        seconds = None if timeout is None else max(timeout, SHORTEST)
+        core, sending = self._sending(service, server, ctxt, message, None if mandatory else retry, mandatory)
+        if timeout is not None and timeout < SHORTEST:
+            timeout = SHORTEST
         try:
             if target.fanout:
-                return self.core.fanout(sending)
+                return core.fanout(sending)
             if not wait_for_reply:
-                return self.core.cast(sending, seconds)
-            reply = self.core.call(sending, seconds or CALL_TIMEOUT, call_monitor_timeout)
+                return core.cast(sending, timeout)
+            reply = core.call(sending, timeout or CALL_TIMEOUT, call_monitor_timeout)
         except errors.OnehopError as error:
             raise translated(error, sending) from error
         answer = payload.decode(reply)
@@ -121,32 +124,47 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
             MessageDeliveryFailure: not delivered after ``retry`` more attempts.
             SendFailed: as in :meth:`send`.
         """
-        sending = self._sending(self._service(target, "notify:"), "", ctxt, message, retry, everybody=True)
+        service = service_name(NOTIFY, target.exchange or self._default_exchange, target.topic)
+        core, sending = self._sending(service, "", ctxt, message, retry, everybody=True)
         try:
-            self.core.cast(sending)
+            core.cast(sending)
         except errors.OnehopError as error:
             raise translated(error, sending) from error
 
-    def _sending(self, service: str, server: str, ctxt: Any, message: Any, retry: int | None, **flags: bool) -> Sending:
+    def _sending(
+        self,
+        service: str,
+        server: str,
+        ctxt: Any,
+        message: Any,
+        retry: int | None,
+        mandatory: bool = False,
+        everybody: bool = False,
+    ) -> tuple[Core, Sending]:
         method = str(message.get("method", "notify"))
         try:
-            ttl = self.core.options["notification_ttl" if "everybody" in flags else "cast_ttl"]
+            core = self.core
             body = payload.encode([ctxt if isinstance(ctxt, dict) else ctxt.to_dict(), message])
         except (errors.OnehopError, *payload.UNENCODABLE) as error:
             raise SendFailed(f"{method!r} to {service} cannot be sent: {error}") from error
+        until = time.monotonic() + core.options["notification_ttl" if everybody else "cast_ttl"]
         attempts = None if retry is None or retry < 0 else retry + 1
-        return Sending(service, server, method, body, time.monotonic() + ttl, attempts, **flags)
+        return core, Sending(service, server, method, body, until, attempts, mandatory, everybody)
 
     def listen(self, target: Target, batch_size: int, batch_timeout: float | None, **_: Any) -> base.Listener:
         """See the base class. Other processes see the server when this returns."""
-        listener = self.core.node.listen(self._service(target), server=target.server)
+        service = service_name("", target.exchange or self._default_exchange, target.topic)
+        listener = self.core.node.listen(service, server=target.server)
         return base.PollStyleListenerAdapter(PollListener(listener, Request), batch_size, batch_timeout)
 
     def listen_for_notifications(
         self, targets_and_priorities: Any, pool: str | None, batch_size: int | None, batch_timeout: Any, **_: Any
     ) -> base.Listener:
         """See the base class. The listeners of one ``pool``, or of none, share its messages."""
-        services = {self._service(target, "notify:", f".{priority}") for target, priority in targets_and_priorities}
+        services = {
+            service_name(NOTIFY, target.exchange or self._default_exchange, f"{target.topic}.{priority}")
+            for target, priority in targets_and_priorities
+        }
         listener = self.core.node.listen(sorted(services), server=f"pool:{pool or ''}")
         return base.PollStyleListenerAdapter(PollListener(listener, Notification), batch_size or 1, batch_timeout)
 
@@ -156,9 +174,11 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
         if core is not None and self._life is CORES.life:
             CORES.release(core)
 
-    def _service(self, target: Target, prefix: str = "", suffix: str = "") -> str:
-        exchange = target.exchange or self._default_exchange or ""
-        return f"{prefix}{quote(exchange, safe='')}/{quote(target.topic + suffix, safe='')}"
+
+@lru_cache(4096)
+def service_name(prefix: str, exchange: str | None, topic: str) -> str:
+    """The service that stands for a topic of an exchange."""
+    return f"{prefix}{quote(exchange or '', safe='')}/{quote(topic, safe='')}"
 
 
 def translated(error: errors.OnehopError, sending: Sending) -> Any:

@@ -24,7 +24,7 @@ class Request(base.RpcIncomingMessage):  # type: ignore[misc]
     """One RPC request."""
 
     def __init__(self, incoming: Incoming, ctxt: dict[str, Any], message: dict[str, Any]) -> None:
-        super().__init__(ctxt, message)
+        super().__init__(ctxt, message, incoming.id)
         self._incoming = incoming
         self.client_timeout = incoming.monitor
 
@@ -34,7 +34,7 @@ class Request(base.RpcIncomingMessage):  # type: ignore[misc]
         Raises:
             NotRun: the request waited here until its caller gave up; oslo.messaging skips it then.
         """
-        if given_up(self._incoming):
+        if self._incoming.given_up:
             self._incoming.done()
             raise NotRun(f"{self.message.get('method')!r} is not run: its caller gave up while it waited for a thread")
 
@@ -47,7 +47,7 @@ class Request(base.RpcIncomingMessage):  # type: ignore[misc]
         Raises:
             NotRun: the request was answered, or nobody waits for its answer.
         """
-        if self._incoming.answered or given_up(self._incoming):
+        if self._incoming.answered or self._incoming.given_up:
             raise NotRun("the call is over")
 
     def reply(self, reply: Any = None, failure: payload.Failure | None = None) -> None:
@@ -78,14 +78,6 @@ def answer(incoming: Incoming, reply: Any, failure: payload.Failure | None) -> N
         incoming.reply_raw(payload.encode_failure(problem, limit=2000))
 
 
-def given_up(incoming: Incoming) -> bool:
-    """Whether nobody waits for the answer any more."""
-    if incoming.kind != "call":
-        return False
-    left = incoming.remaining()
-    return incoming.cancelled or (left is not None and left <= 0)
-
-
 class PollListener(base.PollStyleListener):  # type: ignore[misc]
     """Batches of requests, or of notifications, from a node's listener."""
 
@@ -112,10 +104,13 @@ class PollListener(base.PollStyleListener):  # type: ignore[misc]
                 if deadline is None:
                     self._stopped.wait()  # no more comes, since the node was closed: do not ask again and again
                 break
-            opened = [message for message in map(self._open, taken) if message is not None]
-            if opened and not batch:
+            first = not batch
+            for incoming in taken:
+                message = self._open(incoming)
+                if message is not None:
+                    batch.append(message)
+            if batch and first:
                 deadline = None if batch_timeout is None else time.monotonic() + batch_timeout
-            batch += opened
         return batch
 
     def _open(self, incoming: Incoming) -> Request | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Iterable
 from math import isfinite
 from types import TracebackType
 from typing import Any
@@ -21,9 +20,7 @@ Failure = tuple[type[BaseException], BaseException, TracebackType | None]
 
 _encode_any = json.JSONEncoder(default=jsonutils.to_primitive).encode
 _encode_plain = msgspec.json.Encoder().encode
-_STRINGS = frozenset({str})
-_LEAVES = frozenset({str, int, bool, type(None)})
-_PLAIN = _LEAVES | {float, dict, list, tuple}
+_decode_plain = msgspec.json.Decoder().decode
 
 # What cannot be encoded raises one of these.
 UNENCODABLE = (ValueError, TypeError, RecursionError, OverflowError)
@@ -36,32 +33,31 @@ def encode(value: Any) -> bytes:
         ValueError, TypeError, RecursionError: what ``jsonutils.dumps`` raises for this value.
     """
     try:
+        body = _encode_plain(value)  # first: what has no end is refused here
         if _is_plain(value):
-            return _encode_plain(value)
-    except (OverflowError, UnicodeEncodeError, RecursionError):
-        pass  # integers beyond 64 bits, lone surrogates, great depth: the general encoder knows
+            return body
+    except Exception:  # objects, integers beyond 64 bits, lone surrogates, great depth: the general encoder knows
+        pass
     return _encode_any(value).encode()
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether both encoders mean the same by ``value``. Checked by sets of types, which is quick for wide values."""
-    members: Iterable[Any] = value
-    if type(value) is dict:
-        if not _STRINGS.issuperset(map(type, value)):
-            return False
-        members = value.values()
-    kinds = set(map(type, members))
-    if kinds <= _LEAVES:
-        return True
-    if not kinds <= _PLAIN:
-        return False
-    for each in members:
-        kind = type(each)
-        if kind is float:
-            if not isfinite(each):
+    """Whether both encoders mean the same by the list or dict ``value``, which ends."""
+    containers = [value]
+    for each in containers:
+        if type(each) is dict:
+            for key in each:
+                if type(key) is not str:
+                    return False
+            each = each.values()
+        for member in each:
+            kind = type(member)
+            if kind is str or member is None or kind is bool or kind is int:
+                continue
+            if kind is dict or kind is list or kind is tuple:
+                containers.append(member)
+            elif kind is not float or not isfinite(member):
                 return False
-        elif kind not in _LEAVES and not _is_plain(each):
-            return False
     return True
 
 
@@ -72,7 +68,7 @@ def decode(body: bytes | memoryview) -> Any:
         ValueError: it is not JSON.
     """
     try:
-        return msgspec.json.decode(body)
+        return _decode_plain(body)
     except msgspec.DecodeError:
         return json.loads(bytes(body))  # NaN, Infinity, lone surrogates
 
