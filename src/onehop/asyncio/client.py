@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from copy import copy
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -154,7 +153,7 @@ class Call:
         """
         self._engine.check_loop()
         try:
-            await self._engine.outcome(copy(self._attempt))  # what was seen of it is each waiter's own
+            await self._engine.outcome(self._attempt)
         except CallError as error:
             if self._cancelled:
                 raise CallCancelled(f"{self._attempt} was cancelled here") from error
@@ -226,8 +225,7 @@ class Stream(AsyncIterator[Any]):
                 continue
             if not items and not self._ended:
                 self._ended = True
-                attempt.seen = call.signs
-                await engine.outcome(attempt)
+                await engine.outcome(attempt, call.signs)
                 if call.outcome is FAILED:
                     self._client._value(self._method, call)  # raises it
         if not items:

@@ -202,6 +202,11 @@ def request(
     return b"".join((head, extra, section)), body
 
 
+def plain_request(kind: int, flags: int, id: int, milliseconds: int, section: bytes, body: Body) -> bytes:
+    """A REQUEST or CAST with a small body and without a monitor, from the time as it travels."""
+    return b"".join((HEADER.pack(kind, flags, len(section), milliseconds, id), section, body))
+
+
 def address(frame: bytes, head: Header) -> tuple[float | None, bytes, int]:
     """Monitor interval (seconds), address section and start of the body of a REQUEST or CAST.
 

@@ -10,7 +10,7 @@ from onehop import handlers, payload
 from onehop.errors import CallCancelled, CallError
 from onehop.faces import AnyClient, Gathered, Receipt, gathered, receipt
 from onehop.protocol import wire
-from onehop.protocol.calls import FAILED
+from onehop.protocol.calls import FAILED, REPLIED
 from onehop.transport.blocking import BlockingEngine, run
 from onehop.transport.requests import Attempt, describe
 
@@ -49,6 +49,8 @@ class Client(AnyClient):
         node = self._node
         engine = node._engine or node._core()
         call = engine.request(self._terms, wire.REQUEST, 0, method, payload.encode((arguments, keywords)))
+        if call.outcome is REPLIED and self._returns is None:
+            return payload.decode(call.body)
         return self._value(method, call)
 
     def cast(self, method: str, /, *arguments: Any, **keywords: Any) -> None:
@@ -201,8 +203,7 @@ class Stream(Iterator[Any]):
                 if items:
                     break
                 self._ended = True
-                self._attempt.seen = call.signs
-                run(self._engine.outcome(self._attempt))
+                run(self._engine.outcome(self._attempt, call.signs))
                 if call.outcome is FAILED:
                     self._client._value(self._attempt.method, call)  # raises it
         if not items:

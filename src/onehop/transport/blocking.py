@@ -72,8 +72,9 @@ class BlockingLink(Link):
             try:
                 if self.ended is None and not self._out:
                     call.sent = True
-                    left = min(call.deadline - monotonic(), LONGEST_WAIT)
-                    call.sent = self.socket.exchange(frame, self._wake, int(left * 1000) + 1, incoming)
+                    left = call.deadline - monotonic()
+                    milliseconds = int(left * 1000) + 1 if left < LONGEST_WAIT else int(LONGEST_WAIT) * 1000
+                    call.sent = self.socket.exchange(frame, self._wake, milliseconds, incoming)
                 if incoming:
                     self._take_in(moved)
             finally:
@@ -176,6 +177,9 @@ class BlockingLink(Link):
                 self._wake.set()
             elif call.waiter is not None:
                 release(call.waiter)
+
+    def interrupted(self) -> None:
+        self._wake.set()
 
     def end(self, why: str) -> bool:
         self._wake.set()  # a lone caller gives the lock back

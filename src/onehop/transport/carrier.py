@@ -48,7 +48,7 @@ class LinkSocket(Protocol):
         """
         if not self.send(frame):
             return False
-        if not self.drain(1, into):
+        if not self.drain(1, into) and not into:
             wake.wait(milliseconds / 1000)
             self.drain(1, into)
         return True

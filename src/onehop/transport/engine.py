@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 from onehop import errors
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
-from onehop.protocol.calls import LOST, REJECTED, REPLIED, Call, CallTable
+from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, TAKEN, Call, CallTable
 from onehop.protocol.inbox import Inbox
 from onehop.protocol.node import NodeProtocol
 from onehop.protocol.peers import Peer
@@ -48,6 +48,8 @@ GRACE = 1.0
 """Seconds after its deadline for which a call is its owner's to end."""
 BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
+WELL = (REPLIED, FAILED, TAKEN)
+"""Outcomes that are no error of the call's own."""
 TICK = 0.1
 SLOW_TICK = 0.5
 """Seconds between the housekeeping's rounds: where it also receives when nobody else does, and otherwise."""
@@ -199,9 +201,12 @@ class Engine(ABC):
                 if isinstance(error, errors.ResourceLimit):
                     raise
                 raise errors.PeerLost(f"{name_of(peer)}: {error}", executed="no") from error
+            why = socket.ended()  # the monitor's descriptor tells nothing before a first look
             link = peer.link = self._new_link(socket, peer.calls, self._control)
             link.peer = peer
             self._links[peer.id] = link
+        if why is not None:
+            self._lost(peer, link, why)
         link.post(link.hello, hello)
         self._keep()
         return link
@@ -276,30 +281,47 @@ class Engine(ABC):
             NodeClosed, TooLarge: it cannot be sent at all.
         """
         size = len(body)
-        if self.closed or size > self.settings.max_message:
+        if size > self.settings.max_message or self.closed:
             self._refuse(terms, method, size)
-        remaining, now = terms.timeout, monotonic()
+        now = monotonic()
+        until, remaining = now + terms.timeout, terms.milliseconds
         request = serving.get()
-        if request is not None and request.deadline is not None and request.deadline < now + remaining:
-            remaining = request.deadline - now  # a call made in a handler ends no later than what it serves
-        route = None
-        routes = self.protocol.routes.of(terms.service, terms.server)
-        if routes:
-            route = routes[0] if len(routes) == 1 else choose(routes, next(terms.turns))
-            link: Link | None = route.peer.link
-            if link is not None and link.ready and terms.monitor is None and not link.calls.full(size):
-                call = Call(kind, now + remaining, size)
-                call.route = route
-                if flags & wire.STREAM:
-                    call.items = deque()
-                section = terms.sections.get((route.server, method)) or terms.section(route.server, method)
-                id = link.calls.begin(call)
-                frame = wire.request(kind, flags, id, remaining, None, section, body)
-                if link.ended is None or not link.calls.give_up(call):
-                    return link, call, frame
-        attempt = Attempt(terms, method, now + remaining, now)
+        if request is not None and request.deadline is not None and request.deadline < until:
+            until = request.deadline  # a call made in a handler ends no later than what it serves
+            remaining = wire.milliseconds(until - now)
+        picture = self.protocol.routes
+        route: Route | None
+        link: Link | None
+        seen, route, link, sections = terms.direct
+        if seen is not picture:
+            route, link, sections = self._look_up(terms, picture)
+        if (
+            link is not None and route is not None and link.ready and size < wire.SECOND_FRAME_FROM
+            and len(link.calls.pending) < link.calls.messages and (terms.monitor is None or kind != wire.REQUEST)
+        ):  # fmt: skip
+            section = sections.get(method) or sections.setdefault(method, terms.section(route.server, method))
+            call = Call(kind, until, size)
+            call.route = route
+            if flags & wire.STREAM:
+                call.items = deque()
+            id = link.calls.begin(call)
+            if link.ended is None or not link.calls.give_up(call):
+                return link, call, wire.plain_request(kind, flags, id, remaining, section, body)
+        attempt = Attempt(terms, method, until, now)
         attempt.chosen = route
         return attempt
+
+    def _look_up(self, terms: Terms, picture: Routes) -> tuple[Route | None, Link | None, dict[str, bytes]]:
+        """Whose turn it is; where that is always the same until the picture changes, it is remembered."""
+        routes = picture.of(terms.service, terms.server)
+        if not routes:
+            return None, None, {}
+        route = routes[0] if len(routes) == 1 else choose(routes, next(terms.turns))
+        link: Link | None = route.peer.link
+        sections = terms.sections.setdefault(route.server, {})
+        if len(routes) == 1 and link is not None and link.ready:
+            terms.direct = picture, route, link, sections
+        return route, link, sections
 
     def attempt(self, terms: Terms, method: str, link: Link, call: Call) -> Attempt:
         """What :meth:`begin` began, for a closer look."""
@@ -368,11 +390,19 @@ class Engine(ABC):
         Raises:
             PeerLost, CallTimeout, Rejected: it was not sent.
         """
-        terms = attempt.terms
         attempt.route, attempt.record = route, route.peer.record
         link: Link | None = route.peer.link
         if link is None or not link.ready:
             link = await self._connect(route.peer, attempt.until)
+        self._send_over(link, route, attempt, kind, flags, body)
+
+    def _send_over(self, link: Link, route: Route, attempt: Attempt, kind: int, flags: int, body: Body) -> None:
+        """Send over a ready link; does not wait.
+
+        Raises:
+            PeerLost, Rejected: it was not sent.
+        """
+        terms = attempt.terms
         call = Call(kind, attempt.until, len(body))
         attempt.take(route, link, call)
         if flags & wire.STREAM:
@@ -398,8 +428,11 @@ class Engine(ABC):
             "Send less at a time (stream), or raise the setting on both sides"
         )
 
-    async def outcome(self, attempt: Attempt) -> None:
+    async def outcome(self, attempt: Attempt, seen: int = -1) -> None:
         """Wait until the call of ``attempt`` has ended well: REPLIED, FAILED or TAKEN.
+
+        Args:
+            seen: signs of life after which its monitor's patience has passed already.
 
         Raises:
             CallTimeout: its deadline came, or no sign of life for as long as its monitor allows.
@@ -408,15 +441,17 @@ class Engine(ABC):
         link, call = attempt.link, attempt.call
         monitor = attempt.terms.monitor if call.kind == wire.REQUEST else None
         if call.outcome is None:
-            while call.outcome is None and call.signs != attempt.seen:
-                attempt.seen = call.signs
+            while call.outcome is None and call.signs != seen:
+                seen = call.signs
                 until = attempt.until if monitor is None else min(attempt.until, monotonic() + monitor)
-                await self.wait(link, call, attempt.seen, until)
+                await self.wait(link, call, seen, until)
             if call.outcome is None and self.cancel(link, call):
                 self._fail(attempt, attempt.timed_out())
             while call.outcome is None:  # another thread took it out of the table and is writing the outcome
                 await self.wait(link, call, call.signs, monotonic() + 0.001)
         if call.outcome == REJECTED or call.outcome == LOST:
+            if call.given_up and call.deadline <= monotonic():
+                self._fail(attempt, attempt.timed_out())  # the housekeeping came before us
             if call.outcome == REJECTED and call.body[0] == "hello first":
                 self._lost(attempt.route.peer, link, "it does not know this connection any more")
             raise attempt.failure()
@@ -506,16 +541,20 @@ class Engine(ABC):
             attempt = Attempt(terms, method, until, now)
             attempt.route = route
             everyone.append(attempt)
+            link: Link | None = route.peer.link
             try:  # all connections begin before any is waited for
-                attempt.link = self._begin_link(route.peer)
-                waiting.append(attempt)
+                if link is not None and link.ready:
+                    self._send_over(link, route, attempt, kind, flags, body)
+                else:
+                    attempt.link = self._begin_link(route.peer)
+                    waiting.append(attempt)
             except (errors.CallError, errors.ResourceLimit) as error:
                 attempt.error = error if isinstance(error, errors.CallError) else errors.NoRoute(str(error))
         while waiting:  # each is sent to as soon as it is ready: a silent one holds up nobody
             silent = []
             for attempt in waiting:
-                now, link = monotonic(), attempt.link
-                if not await self._await_hello(link, now + BRIEF) and now < min(until, link.began + HANDSHAKE):
+                now, begun = monotonic(), attempt.link
+                if not await self._await_hello(begun, now + BRIEF) and now < min(until, begun.began + HANDSHAKE):
                     silent.append(attempt)
                     continue
                 try:
@@ -524,7 +563,7 @@ class Engine(ABC):
                     attempt.error = error
             waiting = silent
         for attempt in everyone:
-            if attempt.error is None:
+            if attempt.error is None and attempt.call.outcome not in WELL:
                 try:
                     await self.outcome(attempt)
                 except errors.CallError as error:
@@ -745,7 +784,6 @@ class Engine(ABC):
             self._tell_change()
             links = list(self._links.values())
             self._links.clear()
-            self._ended_links += links
         self._wake.set()
         for offer in self._offers:
             offer.queue.stop()
@@ -754,6 +792,7 @@ class Engine(ABC):
             link.post(None, wire.goodbye())
             link.look()
             link.end("this node was closed")
+        self._ended_links += links
         return True
 
     def dispose(self, linger: float) -> None:

@@ -187,7 +187,7 @@ class Inbound:
         self._found = False
         self._wake = Wake(socket.fd)
         self._inline: deque[Request] = deque()
-        self._running = new_lock()
+        self._asleep = False
         self._watched: dict[Queue, int] = {}
         self._watched_at = 0.0
         self.closing = False
@@ -235,7 +235,7 @@ class Inbound:
             queue: the caller takes the next request of this one itself: nobody else has to be woken for it.
         """
         while self._out and self._lock.acquire(False):
-            if self._pump(queue):
+            if self._pump(queue) and self._asleep:
                 self._wake.set()
 
     def _send(self, moved: list[Request]) -> None:
@@ -278,7 +278,7 @@ class Inbound:
 
         Args:
             queue: the caller looks at this one next.
-            leading: whether the leader asks.
+            leading: whether the leader asks, who then calls :meth:`_run_inline`.
 
         Returns:
             Whether more may be there to receive.
@@ -289,29 +289,32 @@ class Inbound:
             if self._out:
                 self._send(moved)
             if not self.closing:
-                more = self._take_in(moved)
-        finally:
+                # While requests come one by one, a second look behind each would find nothing, and cost as much.
+                more = self.socket.drain(1 if self._calm > CALM else BATCH, self._incoming)
+                if self._incoming:
+                    more |= self._take_in(moved)
+                else:
+                    self._found = False
+        finally:  # an interrupt (Ctrl-C) must not keep from others what was taken in for them
             self._more = more
+            if self._incoming:
+                self._more = True
+                self._wake.set()
             self._lock.release()
-        if moved:
-            self._dispatch(moved, queue, leading)
+            if moved:
+                self._dispatch(moved, queue, leading)
         return more
 
     def _take_in(self, moved: list[Request]) -> bool:
         """Give the inbox what came and send what it answers, under ``_lock``; True when more may be there."""
-        incoming = self._incoming
-        # While requests come one by one, a second look behind each would find nothing, and cost as much as the first.
-        more = self.socket.drain(1 if self._calm > CALM else BATCH, incoming)
-        if not incoming:
-            self._found = False
-            return more
+        incoming, inbox = self._incoming, self._inbox
         self._calm = 0 if self._found or len(incoming) > 1 else self._calm + 1
         self._found = True
-        self._inbox.receive_all(incoming, monotonic(), moved)
-        if self._inbox.outgoing:
-            self._send_outgoing(moved)
-            more = True  # a send may eat the edge of what came meanwhile
-        return more
+        inbox.receive_all(incoming, monotonic(), moved)
+        if not inbox.outgoing:
+            return False
+        self._send_outgoing(moved)
+        return True  # a send may eat the edge of what came meanwhile
 
     def _dispatch(self, moved: list[Request], mine: Queue | None, leading: bool) -> None:
         """Give each new request to its queue; wake whoever waits for news of one that runs."""
@@ -343,30 +346,19 @@ class Inbound:
                     self.refuse(request, "full")
             if target.run is not None:
                 self._watched.setdefault(target, -1)
-        if filled is not None and self.resting and not leading:
+        if not leading and ((filled is not None and self.resting) or (self._inline and self._asleep)):
             self._wake.set()
-        if self._inline:
-            if leading or not self.led_by_loop:
-                self._run_inline()
-            else:
-                self._wake.set()
 
     def _run_inline(self) -> None:
-        # Not where they come in: the turn of an answer may bring the next request, and so on without an end to the
-        # depth.
-        inline = self._inline
-        while inline and self._running.acquire(False):
-            try:
+        """Run the inline methods; for the leader, whose next look sends the last answers."""
+        inline, kept = self._inline, 0
+        while inline:
+            request = inline.popleft()
+            request.target.run(request)
+            kept += 1
+            if kept >= TOGETHER:
                 kept = 0
-                while inline:
-                    request = inline.popleft()
-                    request.target.run(request)
-                    kept += 1
-                    if not inline or kept >= TOGETHER:
-                        kept = 0
-                        self.turn()
-            finally:
-                self._running.release()
+                self.turn()
 
     # Receiving ------------------------------------------------------------------------------------
 
@@ -386,9 +378,12 @@ class Inbound:
     def look(self, now: float) -> None:
         """Timers, and a look at the socket if nobody leads."""
         self.change(Inbox.handle_timer, now)
-        if not self._lead.locked() and self._lock.acquire(False):
-            self._pump()
-            self.turn()
+        if self._lead.acquire(False):
+            try:
+                self._receive(None, 0.0)
+            finally:
+                self._lead.release()
+                self._hand_on()
 
     def take(self, queue: Queue, until: float) -> Request | None:
         """The next request of ``queue``; None when ``until`` came first, or the queue is stopped and empty."""
@@ -412,10 +407,14 @@ class Inbound:
                 queue.wait(lock, until - monotonic())
         finally:
             del self._takers[lock]
-            if self._takers and not self._lead.locked():
-                next_one = successor(self._takers)
-                if next_one is not None:
-                    release(next_one)
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Whoever stops leading sees that another does while somebody waits (turns, rule 2)."""
+        if self._takers and not self._lead.locked():
+            next_one = successor(self._takers)
+            if next_one is not None:
+                release(next_one)
 
     def interrupt(self) -> None:
         """Let whoever leads look whether it still should."""
@@ -428,7 +427,8 @@ class Inbound:
             while not self.closing:
                 self._lock.acquire()
                 self._pump(queue, leading=True)
-                # What was handed over may have been run and answered here, with a look of its own.
+                if self._inline:
+                    self._run_inline()
                 if self._out:
                     continue
                 if queue is not None and (queue.tasks or queue.stopped):
@@ -438,18 +438,21 @@ class Inbound:
                 now = monotonic()
                 if until <= now:
                     return
+                left = until - now
+                self._asleep = True
                 if self._watched:
                     if now - self._watched_at >= RESTLESS:
                         self._watch(now)
-                    self._wake.wait(min(until - now, RESTLESS))
-                    continue
-                self.resting = True
-                if not self._out and not self._watched:  # looked at after others can see that we rest
-                    self._wake.wait(until - now)
-                self.resting = False
+                    left = min(left, RESTLESS)
+                else:
+                    self.resting = True
+                # Looked at after others can see that we sleep: they wake us for whatever comes later.
+                if not (self._out or self._more or self._inline or (self.resting and self._watched)):
+                    self._wake.wait(left)
+                self._asleep = self.resting = False
         finally:
             self._leading_for = None
-            self.resting = False
+            self._asleep = self.resting = False
 
     def enter_loop(self) -> tuple[int, int]:
         """From now on an event loop leads, by :meth:`lead`. Returns the descriptors that call for it."""
@@ -463,22 +466,27 @@ class Inbound:
         Returns:
             Seconds after which it is to come again, if no descriptor calls for it earlier.
         """
-        self.resting = False
+        self._asleep = self.resting = False
         self._wake.clear()
         if self.closing:
             return FOREVER
         self._lock.acquire()
         self._pump(leading=True)
-        self._run_inline()
+        if self._inline:
+            self._run_inline()
         if self._more or self._out:
             return 0.0
+        pause = FOREVER
+        self._asleep = True
         if self._watched:
             now = monotonic()
             if now - self._watched_at >= RESTLESS:
                 self._watch(now)
-            return RESTLESS
-        self.resting = True
-        return 0.0 if self._out or self._watched or self._inline else FOREVER
+            pause = RESTLESS
+        else:
+            self.resting = True
+        # Looked at after others can see that we sleep: they wake us for whatever comes later.
+        return 0.0 if self._out or self._more or self._inline or (self.resting and self._watched) else pause
 
     def leave_loop(self) -> tuple[int, int]:
         """The event loop leads no more. Returns the descriptors that called for it."""
@@ -498,7 +506,7 @@ class Inbound:
     def forget(self) -> None:
         """In a forked child: the socket is the parent's."""
         self.closing = self._closed = True
-        self._lock, self._lead, self._running = new_lock(), new_lock(), new_lock()
+        self._lock, self._lead = new_lock(), new_lock()
 
     def close(self, linger: float) -> bool:
         """Stop receiving and give the socket back; what was answered may leave for ``linger`` seconds.

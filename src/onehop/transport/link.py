@@ -90,6 +90,10 @@ class Link(ABC):
         """Wake whoever waits for ``calls``, which have news; not the thread that asks, which waits for ``me``."""
 
     @abstractmethod
+    def interrupted(self) -> None:
+        """Have somebody look at what was read, and not taken in: who should have was interrupted."""
+
+    @abstractmethod
     def close(self, linger: float) -> bool:
         """Give the socket back, letting what was sent leave for ``linger`` seconds; after :meth:`end`.
 
@@ -117,6 +121,8 @@ class Link(ABC):
                 self._stuck = not self._send()
             more = self._drain(limit, moved)
         finally:  # an interrupt (Ctrl-C) must not keep from others what was read for them
+            if self._incoming:
+                self.interrupted()
             self._lock.release()
             if moved:
                 self.tell(moved, me)
@@ -165,7 +171,7 @@ class Link(ABC):
                         self._cold.append(frame)
                         if wire.is_final(frame):
                             # At once: the connection's end may overtake whoever handles it. Nothing comes behind.
-                            self.drained, self.ended = True, "it was drained"
+                            self.drained, self.ended, done = True, "it was drained", len(incoming)
                             return False
                 except WireError:
                     self.bad_frames += 1

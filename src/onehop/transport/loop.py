@@ -80,6 +80,11 @@ class LoopLink(Link):
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
 
+    def interrupted(self) -> None:
+        if not self._called:
+            self._called = True
+            self._loop.call_soon(self.look)
+
     def leave_loop(self) -> None:
         """Nothing calls for a look any more."""
         if self._watched:
@@ -87,9 +92,13 @@ class LoopLink(Link):
             self._loop.remove_reader(self.socket.fd)
             self._loop.remove_reader(self.socket.monitor_fd)
 
-    def close(self, linger: float) -> bool:
-        if not self._loop.is_closed():
+    def end(self, why: str) -> bool:
+        first = super().end(why)
+        if first and not self._loop.is_closed():
             self.leave_loop()
+        return first
+
+    def close(self, linger: float) -> bool:
         self._give_back(linger)
         return True
 
@@ -335,9 +344,6 @@ class LoopEngine(Engine):
             if timer is not None:
                 timer.cancel()
         self.loop.remove_reader(self._wake.fd)
-        for link in self._ended_links:
-            if isinstance(link, LoopLink) and not link._closed:
-                link.leave_loop()
         if self.inbound is not None and self.inbound.led_by_loop:
             self.inbound.closing = True  # a worker that looks at it must not take in what only the loop can run
             for descriptor in self.inbound.leave_loop():

@@ -37,6 +37,11 @@ class Terms:
         ready_timeout: seconds of these that may pass while nobody offers the service.
         monitor: seconds without a sign of life after which a call is given up; None for no such limit.
         idempotent: whether a request may be sent again after an unknown outcome; None asks the server's record.
+
+    Attributes:
+        direct: where there is one server only: the picture of routes in which it was found, the route, its link, and
+            the addresses of its methods.
+        milliseconds: ``timeout`` as it travels.
     """
 
     service: str
@@ -46,16 +51,21 @@ class Terms:
     monitor: float | None = None
     idempotent: bool | None = None
     turns: Iterator[int] = field(default_factory=_somewhere)
-    sections: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    direct: tuple[Routes | None, Route | None, Link | None, dict[str, bytes]] = (None, None, None, {})
+    milliseconds: int = field(init=False)
+    sections: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.milliseconds = wire.milliseconds(self.timeout)
 
     def section(self, server: str, method: str) -> bytes:
         """The address of ``method`` at ``server``, made once."""
-        key = (server, method)
-        section = self.sections.get(key)
+        sections = self.sections.setdefault(server, {})
+        section = sections.get(method)
         if section is None:
-            if len(self.sections) > 4096:
-                self.sections.clear()
-            section = self.sections[key] = wire.names(self.service, server, method)
+            if len(sections) > 4096:
+                sections.clear()
+            section = sections[method] = wire.names(self.service, server, method)
         return section
 
     def __str__(self) -> str:
@@ -76,7 +86,6 @@ class Attempt:
         may_have_run: at a server tried before, which was lost.
         record: of the peer when it was chosen; it may have none when the request has failed.
         seconds: how long it took, where that is asked for.
-        seen: signs of life at the last look; -1 before the first.
     """
 
     terms: Terms
@@ -89,7 +98,6 @@ class Attempt:
     may_have_run: bool = False
     pause: float = 0.05
     seconds: float = 0.0
-    seen: int = -1
     route: Route = field(init=False)
     record: RecordLike | None = None
     link: Link = field(init=False)
@@ -99,7 +107,6 @@ class Attempt:
         """It goes to ``route`` now."""
         self.route, self.link, self.call = route, link, call
         self.record = route.peer.record
-        self.seen = -1
         call.route = route
 
     def __str__(self) -> str:
