@@ -67,6 +67,8 @@ GOALS = (
     Goal("links", "", "onehop", "kib", "<", {NOTHING: 45}, metric_name="KiB a link"),
     Goal("links", "", "onehop", "cpu_ms", "<", {NOTHING: 0.15}, metric_name="ms of CPU to open a link"),
     Goal("links", "", "onehop", "idle_share", "<", {NOTHING: 0.005}, metric_name="of a CPU, idle"),
+    *(Goal("scale", hosts, ours, "linear", ">=", {NOTHING: 0.9}, metric_name="of hosts x the rate of one host")
+      for ours in ("onehop inline", "oslo zmq") for hosts in ("2", "4", "8", "16")),
 )  # fmt: skip
 
 

@@ -40,21 +40,21 @@ window each host gets a period some percent off, so that no two keep step."""
 CALLERS = 16
 """Threads of each client: enough that a host always has something to do."""
 SECONDS = 3.0
-"""Length of a window, in those of other scenarios: a broker with a small share answers some dozen calls a second."""
+"""Length of a window, in those of other scenarios: hosts with a small share answer some dozen calls a second."""
 START_LIMIT = 180.0
 """Seconds in which all processes must have started: 36 of them, on the processors of their hosts."""
 
 READING = """\
 A *host* is a control group with {share:g} of a processor, in which a server and a client with {callers} callers run;
 the client calls the server of the next host in a ring. A broker's host has the same share, or four. The dashed lines
-are N times the rate of one host, and *linear* is the rate as a part of that. *share used* is what the hosts used of
-their shares, and *broker used* the broker of its own; *cpu used* is the whole machine's, in processors.
+are N times the rate of one host, and *linear* is the rate as a part of that, round by round. *share used* is what the
+hosts used of their shares, and *broker used* the broker of its own; *cpu used* is the whole machine's, in processors.
 
-A simulation on one machine: there is no network, all hosts share one processor and its caches (those that have no part
-at some N are busy with something else, so that as many share them at every N), the broker has another processor,
-and shares come in slices of {quota:.1f} ms every {period:.0f} ms, which makes a call dearer than on a processor of
-one's own. All of that is the same for every system and every N."""
-READING = READING.format(share=SHARE, callers=CALLERS, quota=SHARE * PERIOD / 1e3, period=PERIOD / 1e3)
+A simulation on one machine: there is no network; all hosts share one processor and its caches (those that have no part
+at some N are busy with something else, so that as many share them at every N), and the broker has another; shares come
+in slices of {quota:.1f} ms every {period:.0f} ms, which makes a call dearer than on a processor of one's own. All of
+that is the same for every system and every N. Windows are {longer:g} times as long as said below."""
+READING = READING.format(share=SHARE, callers=CALLERS, quota=SHARE * PERIOD / 1e3, period=PERIOD / 1e3, longer=SECONDS)
 
 
 # --- shares ---------------------------------------------------------------------------------------------------------
@@ -359,32 +359,33 @@ def measure_one(system: System, options: Options, say: Say) -> list[Row]:
     with limits(say) as held, ExitStack() as stack:
         ring = Ring(system, sizes, held, stack)
         for number in range(options.rounds):
-            for (share, size), seen in points.items():
+            there = list(points.items())
+            for (share, size), seen in there[:: (-1) ** number]:  # and back: what drifts, drifts for all alike
                 seen.append(ring.window(size, share, SECONDS * options.seconds))
             say(f"scale: {system.name}: round {number + 1} of {options.rounds}")
     return [
-        row(system, held.name, share, size, seen, statistics.median(each.rate for each in points[share, sizes[0]]))
-        for (share, size), seen in points.items()
+        row(system, held.name, share, size, seen, points[share, sizes[0]]) for (share, size), seen in points.items()
     ]
 
 
-def row(system: System, held: str, broker_shares: int, size: int, seen: Sequence[Point], alone: float) -> Row:
-    """Medians over the rounds. ``alone`` is the rate of one host."""
-    rate, cpu, share_used, broker_used, cpu_used = map(statistics.median, zip(*seen, strict=True))
+def row(system: System, held: str, broker_shares: int, size: int, seen: list[Point], alone: list[Point]) -> Row:
+    """Medians over the rounds. ``alone`` is what one host showed in the same rounds."""
+    medians = Point(*map(statistics.median, zip(*seen, strict=True)))
     broker = f", broker with {broker_shares} share{'s' * (broker_shares > 1)}" if system.broker else ""
+    linear = statistics.median(many.rate / (size * one.rate) for many, one in zip(seen, alone, strict=True))
     return {
         "system": system.name + broker,
         "kind": system.kind,
         "case": str(size),
         "hosts": size,
         "share": SHARE,
-        "rate": rate,
-        "per_host": rate / size,
-        "linear": rate / (size * alone),
-        "cpu": cpu,
-        "share_used": share_used,
-        "broker_used": broker_used if system.broker else None,
-        "cpu_used": cpu_used,
+        "rate": medians.rate,
+        "per_host": medians.rate / size,
+        "linear": None if held == Unlimited.name else linear,
+        "cpu": medians.cpu,
+        "share_used": medians.share_used,
+        "broker_used": medians.broker_used if system.broker else None,
+        "cpu_used": medians.cpu_used,
         "held_by": held,
         "rounds": [each._asdict() for each in seen],
     }
