@@ -28,8 +28,6 @@ from onehop.transport.waiting import PATIENCE, start_thread
 
 SWEEP = 0.05
 """Seconds between two looks for calls whose deadline has come; a timer for each call would cost more than the call."""
-HELD_UP = 0.25
-"""Seconds by which the housekeeping is late when something holds up the loop."""
 
 
 class LoopLink(Link):
@@ -115,7 +113,6 @@ class LoopEngine(Engine):
         self.inherited = False
         self._changes: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._due = FOREVER
         self._sweeping = False
         self._leading = False
         self._again_at: asyncio.TimerHandle | None = None
@@ -328,14 +325,7 @@ class LoopEngine(Engine):
             self._timer.cancel()
         if self.closed:
             return
-        if self.loop.time() > self._due + HELD_UP:
-            # The loop was held up. Who waits looks first: a round would take from them what has come, or is theirs to
-            # end.
-            pause, self._due = 2 * SWEEP, FOREVER
-        else:
-            pause = self.tidy()
-            self._due = self.loop.time() + pause
-        self._timer = self.loop.call_later(pause, self._keep_house)
+        self._timer = self.loop.call_later(self.tidy(), self._keep_house)
 
     def _stop_keeping(self) -> None:
         if self.loop.is_closed():
