@@ -1,0 +1,121 @@
+"""The housekeeping looks at links where something came, and at those that are in use; idle ones cost nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from onehop.transport.waiting import Watch
+
+
+@pytest.fixture
+def bell() -> Any:
+    descriptor = os.eventfd(0, os.EFD_NONBLOCK)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_watch_tells_what_is_readable_and_whose_it_is(bell: int) -> None:
+    watch = Watch()
+    watch.add(bell, "mine")
+    assert watch.wait(0.0) == []
+    os.eventfd_write(bell, 1)
+    assert watch.wait(5.0) == [(bell, "mine")]
+    assert watch.wait(5.0) == [(bell, "mine")]  # for as long as it is readable
+    os.eventfd_read(bell)
+    assert watch.wait(0.0) == []
+
+
+def test_watch_does_not_tell_of_what_was_discarded_until_it_is_added_again(bell: int) -> None:
+    watch = Watch()
+    watch.add(bell, "mine")
+    watch.discard(bell)
+    watch.discard(bell)
+    os.eventfd_write(bell, 1)
+    assert watch.wait(0.0) == []
+    watch.add(bell, "another's")
+    assert watch.wait(5.0) == [(bell, "another's")]
+
+
+def test_watch_hears_of_what_is_added_while_it_waits(bell: int, background: Callable[..., Any]) -> None:
+    watch = Watch()
+    waiting = background(watch.wait, 20.0)
+    watch.add(bell, "late")
+    os.eventfd_write(bell, 1)
+    assert waiting.result() == [(bell, "late")]
+
+
+def test_watch_works_where_a_patch_took_epoll_away() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", """
+import os, select
+from onehop.transport.waiting import Watch
+early = Watch()
+del select.epoll, select.poll
+for watch in (early, Watch()):
+    bell = os.eventfd(0)
+    watch.add(bell, "mine")
+    assert watch.wait(0.0) == []
+    os.eventfd_write(bell, 1)
+    assert watch.wait(5.0) == [(bell, "mine")]
+    watch.discard(bell)
+    assert watch.wait(0.0) == []
+"""],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def only_link(node: Any) -> Any:
+    (link,) = node._core()._links.values()
+    return link
+
+
+def test_link_rests_when_no_call_is_under_way_and_not_before(make_node, background, eventually) -> None:
+    gate = threading.Event()
+    make_node().serve("clock", {"hold": lambda: gate.wait(20.0), "read": lambda: 1})
+    calling = make_node()
+    assert calling.call("clock", "read") == 1
+    link = only_link(calling)
+    eventually(lambda: link.resting, within=5.0)
+    held = background(calling.call, "clock", "hold")
+    eventually(lambda: not link.resting, within=5.0)
+    gate.set()
+    assert held.result() is True
+    eventually(lambda: link.resting, within=5.0)
+
+
+def test_what_comes_over_a_resting_link_is_heard(make_node, eventually) -> None:
+    serving = make_node()
+    serving.serve("clock", {"read": lambda: 1})
+    calling = make_node()
+    assert calling.call("clock", "read") == 1
+    link = only_link(calling)
+    for _ in range(2):  # it is waited for again after it was heard
+        eventually(lambda: link.resting, within=5.0)
+        calls, frames = link.calls, link.bad_frames
+        inbound = serving._core().inbound
+        (identity,) = serving._core().protocol.inbox.senders
+        with inbound._lock:
+            assert inbound.socket.send(identity, b"\x63" + bytes(15))  # of a kind that there is not
+        eventually(lambda frames=frames: link.bad_frames == frames + 1, within=5.0)
+        assert link.calls is calls
+    assert calling.call("clock", "read") == 1
+
+
+def test_end_of_a_resting_link_is_heard_at_once(make_node, eventually) -> None:
+    serving = make_node()
+    serving.serve("clock", {"read": lambda: 1})
+    calling = make_node()
+    assert calling.call("clock", "read") == 1
+    link = only_link(calling)
+    eventually(lambda: link.resting, within=5.0)
+    serving.close()
+    eventually(lambda: link.over and link._closed, within=5.0)
+    assert set(calling._core()._watch._watched.values()) == {None}, "descriptors that were given back are waited for"
