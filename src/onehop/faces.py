@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from onehop import handlers, payload
@@ -17,6 +17,9 @@ from onehop.transport.carrier import Carrier
 from onehop.transport.engine import Engine
 from onehop.transport.requests import Attempt, Terms, describe
 from onehop.transport.sockets import ZmqCarrier
+
+MANY = 1024
+"""Casts that travel together at most."""
 
 
 class Receipt(NamedTuple):
@@ -140,6 +143,25 @@ class AnyClient:
 
     def __repr__(self) -> str:
         return f"<Client of {self._terms}>"
+
+
+def bodies_of(many: Iterable[Sequence[Any] | Mapping[str, Any]]) -> Iterator[bytes]:
+    """The bodies of casts in which many travel together: so many in each as stay below the size of a large one.
+
+    Args:
+        many: for each run of the method its positional arguments, or its keywords.
+    """
+    pairs: list[Any] = []
+    room = 1
+    for each in many:
+        pairs.append(((), each) if isinstance(each, Mapping) else (each, {}))
+        if len(pairs) >= room:
+            body = payload.encode(pairs)
+            room = max(1, min(MANY, len(pairs) * (wire.SECOND_FRAME_FROM // 2) // len(body)))
+            pairs.clear()
+            yield body
+    if pairs:
+        yield payload.encode(pairs)
 
 
 def receipt(attempt: Attempt) -> Receipt:

@@ -50,16 +50,20 @@ def current() -> Serving | None:
     return Serving(request.service, request.server, request.method, request.node.hex(), request)
 
 
-def arguments_of(body: bytes | memoryview) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments and keywords of a request's body.
+def arguments_of(value: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments and keywords of one run of a method.
 
     Raises:
         BadArguments: it is something else.
     """
-    value = payload.decode(body)
     if type(value) is list and len(value) == 2 and type(value[0]) is list and type(value[1]) is dict:
         return value[0], value[1]
     raise handlers.Misfit("the body is not a pair of arguments and keywords")
+
+
+def is_many(request: Request, value: Any) -> bool:
+    """Whether ``value`` is the body of many casts in one: a list of pairs, where one cast is a pair itself."""
+    return request.kind == wire.CAST and type(value) is list and value != [] and set(map(type, value)) == {list}
 
 
 def fitting(value: Any, settings: Settings) -> bytes:
@@ -119,8 +123,17 @@ class Runner:
             method = self.methods.get(request.names[2])
             if method is None:
                 raise handlers.Missing(f"it has {', '.join(sorted(self.methods))}")
-            arguments, keywords = arguments_of(request.body)
-            result = method.invoke(arguments, keywords)
+            value = payload.decode(request.body)
+            if request.kind == wire.CAST and is_many(request, value):
+                for each in value:
+                    try:
+                        method.invoke(*arguments_of(each))
+                    except BaseException as error:
+                        self.note_failed(request, error)
+                result: Any = None
+            else:
+                arguments, keywords = arguments_of(value)
+                result = method.invoke(arguments, keywords)
             if request.flags & wire.STREAM:
                 frame = wire.answer(wire.REPLY, wire.STREAM, request.id, b"\xc0")
                 if not self._write(request, result):
@@ -132,12 +145,16 @@ class Runner:
         except BaseException as error:  # SystemExit too: it is the handler's doing, and its caller waits
             frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(queue.tasks))
             if request.kind == wire.CAST:
-                # Nobody waits for it, so nobody else would ever know.
-                log.exception("the handler of cast %r of service %r raised", request.method, self.service)
-                inbound.counts["casts whose handler raised"] += 1
+                self.note_failed(request, error)
         finally:
             serving.reset(token)
         inbound.put(request, frame if request.kind == wire.REQUEST else None)
+
+    def note_failed(self, request: Request, error: BaseException) -> None:
+        """The handler of a cast raised. Nobody waits for it, so nobody else would ever know."""
+        text = "the handler of cast %r of service %r raised"
+        log.error(text, request.method, self.service, exc_info=error)
+        self.queue.inbound.counts["casts whose handler raised"] += 1
 
     def _write(self, request: Request, result: Any) -> bool:
         """Send the items of a stream, never more of them than its reader asked for; whether all were sent."""

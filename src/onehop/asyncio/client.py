@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from onehop import handlers, payload
 from onehop.errors import CallCancelled, CallError
-from onehop.faces import AnyClient, Gathered, Receipt, gathered, receipt
+from onehop.faces import AnyClient, Gathered, Receipt, bodies_of, gathered, receipt
 from onehop.protocol import wire
 from onehop.protocol.calls import FAILED
 from onehop.transport.loop import LoopEngine
@@ -62,6 +62,19 @@ class Client(AnyClient):
                 unknown).
         """
         await self.cast_raw(method, payload.encode((arguments, keywords)))
+
+    async def cast_many(self, method: str, many: Iterable[Sequence[Any] | Mapping[str, Any]], /) -> None:
+        """Have ``method`` run at one server once for each of ``many``, sent together in few messages.
+
+        Returns when all were taken in; a server that is full is waited for, until the timeout of each message.
+
+        Args:
+            many: for each run its positional arguments (a sequence), or its keywords (a mapping).
+
+        Raises:
+            NoRoute, Rejected, CallTimeout, PeerLost, PayloadError: some were not taken in, or it is unknown.
+        """
+        await (await self._node._core()).cast_all(self._terms, method, bodies_of(many))
 
     async def start(self, method: str, /, *arguments: Any, **keywords: Any) -> Call:
         """Begin a call; its reply is fetched later. It is sent to one server and not tried at another."""

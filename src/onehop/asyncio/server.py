@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 from collections.abc import Coroutine, Mapping
 from contextvars import copy_context
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from onehop import handlers
+from onehop import handlers, payload
 from onehop.errors import EncodeError, SettingsError
 from onehop.protocol import wire
 from onehop.protocol.inbox import Request
-from onehop.serving import SIGN_INTERVAL, Incoming, Runner, arguments_of, expired, fitting
+from onehop.serving import SIGN_INTERVAL, Incoming, Runner, arguments_of, expired, fitting, is_many
 from onehop.transport.inbound import Queue
 from onehop.transport.loop import LoopEngine
 from onehop.transport.requests import serving
 
 if TYPE_CHECKING:
     from onehop.asyncio.node import Node
-
-log = logging.getLogger("onehop")
 
 
 class _Running:
@@ -98,9 +95,7 @@ class Server:
                 load = len(self._queue)
                 frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), load)
                 if request.kind == wire.CAST:
-                    # Nobody waits for it, so nobody else would ever know.
-                    log.exception("the handler of cast %r of service %r raised", request.method, self.service)
-                    inbound.counts["casts whose handler raised"] += 1
+                    self._runner.note_failed(request, error)
         finally:
             request.deadline = None  # what the handler left running is not bound by it any more
             inbound.put(request, frame if request.kind == wire.REQUEST else None)
@@ -108,7 +103,15 @@ class Server:
 
     async def _answer(self, request: Request, running: _Running) -> wire.Frame | None:
         method = self._runner.methods[request.method]
-        arguments, keywords = arguments_of(request.body)
+        content = payload.decode(request.body)
+        if is_many(request, content):
+            for each in content:
+                try:
+                    await method.invoke(*arguments_of(each))
+                except Exception as error:
+                    self._runner.note_failed(request, error)
+            return None
+        arguments, keywords = arguments_of(content)
         result = method.invoke(arguments, keywords)
         if not request.flags & wire.STREAM:
             value = [item async for item in result] if hasattr(result, "__anext__") else await result

@@ -46,6 +46,8 @@ GOODBYE_LINGER = 0.1
 """Seconds that a goodbye may take to leave when the node is closed."""
 GRACE = 1.0
 """Seconds after its deadline for which a call is its owner's to end."""
+CASTS_UNDER_WAY = 64
+"""Of one stream of casts, sent and not acknowledged."""
 BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
 WELL = (REPLIED, FAILED, TAKEN)
@@ -343,6 +345,35 @@ class Engine(ABC):
         assert isinstance(begun, Attempt)
         await self._send(begun, kind, flags, body)
         return begun
+
+    async def cast_all(self, terms: Terms, method: str, bodies: Iterable[bytes]) -> None:
+        """Send one cast for each body, some of them under way at a time, and wait until all are taken in.
+
+        A server that is full is waited for, each cast until its deadline.
+
+        Raises:
+            NoRoute, Rejected, CallTimeout, PeerLost: one was not taken in; of those behind it nothing is known.
+        """
+        under_way: deque[tuple[Attempt, bytes]] = deque()
+        for body in bodies:
+            under_way.append((await self.start_request(terms, wire.CAST, 0, method, body), body))
+            if len(under_way) >= CASTS_UNDER_WAY:
+                await self._settle(*under_way.popleft())
+        while under_way:
+            await self._settle(*under_way.popleft())
+
+    async def _settle(self, attempt: Attempt, body: bytes) -> None:
+        pause = 0.001
+        while True:
+            try:
+                await self.carry_through(attempt, wire.CAST, 0, body, under_way=True)
+                return
+            except errors.Rejected as error:
+                if error.reason != "full" or monotonic() + pause >= attempt.until:
+                    raise
+            await self._sleep(pause)
+            pause = min(pause * 2, 0.1)
+            attempt = await self.start_request(attempt.terms, wire.CAST, 0, attempt.method, body)
 
     async def carry_through(
         self, attempt: Attempt, kind: int, flags: int, body: Body, *, under_way: bool = False
