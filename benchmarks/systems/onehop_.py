@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from time import perf_counter
 from typing import Any
 
 import onehop
 from benchmarks.messages import Message, answer
 from benchmarks.system import Sample, Setup, in_threads
 
-CASTERS = 8
-"""Threads that cast at once: each waits until its message is taken."""
+STRETCH = 64
+"""Casts between two looks at the clock."""
 START_LIMIT = 30.0
 """Seconds until all servers must have been seen."""
 LARGEST = 32 * 1024 * 1024
@@ -62,6 +64,25 @@ class Server:
         return self._service.received
 
 
+class CastStream:
+    """The arguments of one cast after the other, for ``seconds``.
+
+    Attributes:
+        sent: how many there were.
+    """
+
+    def __init__(self, body: Any, seconds: float) -> None:
+        self._arguments = (body,)
+        self._seconds = seconds
+        self.sent = 0
+
+    def __iter__(self) -> Iterator[tuple[Any]]:
+        end = perf_counter() + self._seconds
+        while perf_counter() < end:
+            yield from (self._arguments,) * STRETCH
+            self.sent += STRETCH
+
+
 class Client:
     """One node and one client of the service, shared by its threads."""
 
@@ -81,8 +102,9 @@ class Client:
         return in_threads(lambda: call("answer", body), seconds, callers, self._message.answer)
 
     def cast(self, seconds: float) -> Sample:
-        cast, body = self._client.cast, self._message.body
-        return in_threads(lambda: cast("note", body), seconds, CASTERS)
+        stream, began = CastStream(self._message.body, seconds), perf_counter()
+        self._client.cast_many("note", stream)
+        return Sample(stream.sent, perf_counter() - began)
 
     def fanout(self, seconds: float) -> Sample:
         return in_threads(self._fan_out, seconds, 1, self._receivers)

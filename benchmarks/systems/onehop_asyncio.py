@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from time import perf_counter
 from typing import Any
-
-from onehop.asyncio import Node
 
 import onehop
 from benchmarks.messages import Message, answer
 from benchmarks.system import Sample, Setup, in_tasks
-from benchmarks.systems.onehop_ import START_LIMIT, settings
+from benchmarks.systems.onehop_ import START_LIMIT, CastStream, settings
 from benchmarks.systems.sockets import runner
-
-CASTERS = 256
-"""Tasks that cast at once: each waits until its message is taken."""
+from onehop.asyncio import Node
 
 
 class Server:
@@ -80,8 +77,9 @@ class Client:
         return self._runner.run(in_tasks(lambda: call("answer", body), seconds, callers, self._message.answer))
 
     def cast(self, seconds: float) -> Sample:
-        cast, body = self._client.cast, self._message.body
-        return self._runner.run(in_tasks(lambda: cast("note", body), seconds, CASTERS))
+        stream, began = CastStream(self._message.body, seconds), perf_counter()
+        self._runner.run(self._client.cast_many("note", stream))
+        return Sample(stream.sent, perf_counter() - began)
 
     def fanout(self, seconds: float) -> Sample:
         return self._runner.run(in_tasks(self._fan_out, seconds, 1, self._receivers))
