@@ -302,6 +302,7 @@ class BlockingEngine(Engine):
             with self.lock:
                 if self._keeper is None and not self.closed:
                     self._keeper = start_thread("onehop-keeper", self._keep_house)
+                    self._keeping = True
         self._wake.set()
 
     def _keep_house(self) -> None:

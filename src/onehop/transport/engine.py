@@ -108,6 +108,7 @@ class Engine(ABC):
         self._listeners: list[Callable[[], None]] = []
         self._wake = Wake()
         self._looked = 0.0
+        self._keeping = False
         self._draining = False
 
     def start(self) -> None:
@@ -210,7 +211,8 @@ class Engine(ABC):
         if why is not None:
             self._lost(peer, link, why)
         link.post(link.hello, hello)
-        self._keep()
+        if not self._keeping:
+            self._keep()
         return link
 
     async def _connect(self, peer: Peer, until: float) -> Link:

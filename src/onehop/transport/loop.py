@@ -317,6 +317,7 @@ class LoopEngine(Engine):
     # Housekeeping ---------------------------------------------------------------------------------
 
     def _keep(self) -> None:
+        self._keeping = True
         self._wake.set()
 
     def _keep_house(self) -> None:
