@@ -18,8 +18,8 @@ from onehop.transport.engine import Engine
 from onehop.transport.requests import Attempt, Terms, describe
 from onehop.transport.sockets import ZmqCarrier
 
-MANY = 1024
-"""Casts that travel together at most."""
+MANY, TOGETHER = 256, 8192
+"""Casts that travel together at most, and about how many bytes they take: so few that both ends work in their cache."""
 
 
 class Receipt(NamedTuple):
@@ -157,7 +157,7 @@ def bodies_of(many: Iterable[Sequence[Any] | Mapping[str, Any]]) -> Iterator[byt
         pairs.append(((), each) if isinstance(each, Mapping) else (each, {}))
         if len(pairs) >= room:
             body = payload.encode(pairs)
-            room = max(1, min(MANY, len(pairs) * (wire.SECOND_FRAME_FROM // 2) // len(body)))
+            room = max(1, min(MANY, len(pairs) * TOGETHER // len(body)))
             pairs.clear()
             yield body
     if pairs:

@@ -63,7 +63,7 @@ class Core:
         self.options = given
         names = ["realm", *(each.dest for each in options.NODE_OPTIONS)]
         self.node = Node(**{name: given[name] for name in names if given[name] is not None})
-        self._clients: dict[tuple[Any, ...], Client] = {}
+        self._clients: dict[tuple[str, str, float, float, float | None], Client] = {}
         # Reentrant: a signal handler may send while the thread it interrupts is in here.
         self._lock = threading.RLock()
         self._wake: threading.Event | None = None

@@ -288,7 +288,9 @@ class Inbound:
         try:
             if self._out:
                 self._send(moved)
-            if not self.closing:
+            if len(self._inline) >= BATCH:
+                more = True  # first run what is there: what is not read waits in the senders, whose windows bound it
+            elif not self.closing:
                 # While requests come one by one, a second look behind each would find nothing, and cost as much.
                 more = self.socket.drain(1 if self._calm > CALM else BATCH, self._incoming)
                 if self._incoming:
@@ -387,27 +389,33 @@ class Inbound:
 
     def take(self, queue: Queue, until: float) -> Request | None:
         """The next request of ``queue``; None when ``until`` came first, or the queue is stopped and empty."""
-        lock = new_lock()
-        lock.acquire()
-        self._takers[lock] = lock
+        tasks, lead = queue.tasks, self._lead
+        lock: Any = None
         try:
             while True:
-                try:
-                    return queue.tasks.popleft()
-                except IndexError:
-                    if queue.stopped or monotonic() >= until:
-                        return None
-                if self._lead.acquire(False):
+                if tasks:
+                    try:
+                        return tasks.popleft()
+                    except IndexError:
+                        continue  # another was quicker
+                if queue.stopped or monotonic() >= until:
+                    return None
+                if lead.acquire(False):
                     try:
                         self._receive(queue, until)
                     finally:
-                        self._lead.release()
-                    continue
-                # Whoever leads wakes us when it leaves: we are among the takers.
-                queue.wait(lock, until - monotonic())
+                        lead.release()
+                        self._hand_on()
+                elif lock is None:  # whoever leads wakes us when it leaves, once we are among the takers
+                    lock = new_lock()
+                    lock.acquire()
+                    self._takers[lock] = lock
+                else:
+                    queue.wait(lock, until - monotonic())
         finally:
-            del self._takers[lock]
-            self._hand_on()
+            if lock is not None:
+                del self._takers[lock]
+                self._hand_on()
 
     def _hand_on(self) -> None:
         """Whoever stops leading sees that another does while somebody waits (turns, rule 2)."""
