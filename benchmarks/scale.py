@@ -31,9 +31,11 @@ NEIGHBOUR = SYSTEMS["neighbour"]
 HOSTS = (1, 2, 4, 8, 16)
 QUICK = (1, 4, 8)
 SHARE = 0.05
-"""Of one processor, for each host: 80 % of it for the 16 that share it."""
+"""Of one processor, for each host."""
+HOSTS_PER_CPU = 8
+"""Hosts on one processor, of which they have 40 %: more would often be awake at once, and get into each other's way."""
 BROKER_SHARES = (1, 4)
-"""What the broker's host has, in shares. It is on another processor."""
+"""What the broker's host has, in shares. It is on the last processor, of which 20 % are a part that hosts leave."""
 PERIOD = 30_000
 """Microseconds in which a host may use its share: short, lest calls wait long for a host that has used it up. At every
 window each host gets a period some percent off, so that no two keep step."""
@@ -42,19 +44,22 @@ CALLERS = 16
 SECONDS = 3.0
 """Length of a window, in those of other scenarios: hosts with a small share answer some dozen calls a second."""
 START_LIMIT = 180.0
-"""Seconds in which all processes must have started: 36 of them, on the processors of their hosts."""
+"""Seconds in which all processes must have started: 51 of them, on the processors of their hosts."""
 
 READING = """\
 A *host* is a control group with {share:g} of a processor, in which a server and a client with {callers} callers run;
-the client calls the server of the next host in a ring. A broker's host has the same share, or four. The dashed lines
-are N times the rate of one host, and *linear* is the rate as a part of that, round by round. *share used* is what the
-hosts used of their shares, and *broker used* the broker of its own; *cpu used* is the whole machine's, in processors.
+the client calls the server of the next host, in rings of up to {ring}. A broker's host has the same share, or four. The
+dashed lines are N times the rate of one host, and *linear* is the rate as a part of that, round by round. *share used*
+is what the hosts used of their shares, and *broker used* the broker of its own; *cpu used* is the whole machine's, in
+processors.
 
-A simulation on one machine: there is no network; all hosts share one processor and its caches (those that have no part
-at some N are busy with something else, so that as many share them at every N), and the broker has another; shares come
-in slices of {quota:.1f} ms every {period:.0f} ms, which makes a call dearer than on a processor of one's own. All of
-that is the same for every system and every N. Windows are {longer:g} times as long as said below."""
-READING = READING.format(share=SHARE, callers=CALLERS, quota=SHARE * PERIOD / 1e3, period=PERIOD / 1e3, longer=SECONDS)
+A simulation on one machine: there is no network; {ring} hosts share a processor and its caches (those that have no part
+at some N are busy with something else, so that as many share them at every N); and shares come in slices of
+{quota:.1f} ms every {period:.0f} ms, which makes a call dearer than on a processor of one's own. All of that is the
+same for every system and every N. Windows are {longer:g} times as long as said below."""
+READING = READING.format(
+    share=SHARE, callers=CALLERS, ring=HOSTS_PER_CPU, quota=SHARE * PERIOD / 1e3, period=PERIOD / 1e3, longer=SECONDS
+)
 
 
 # --- shares ---------------------------------------------------------------------------------------------------------
@@ -238,11 +243,18 @@ def bound_to(cpu: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-class Ring:
+def ring(size: int) -> list[tuple[int, int]]:
+    """Who calls whom where there are so many hosts: each the next one on its processor, the last one the first."""
+    length = min(size, HOSTS_PER_CPU)
+    return [(host, host - host % length + (host + 1) % length) for host in range(size)]
+
+
+class Cloud:
     """The hosts of one system, for every N: a server each, and a client for each server that it is to call.
 
-    The last host calls the first, so hosts that are last at some N have two clients, of which one is idle. Hosts that
-    have no part work for themselves, so that at every N as many share the processor and its caches.
+    A ring is on one processor, so that a call costs the same wake-ups at every N. Its last host calls its first, so
+    hosts that are last at some N have two clients, of which one is idle. Hosts that have no part work for themselves,
+    so that at every N as many share a processor and its caches.
     """
 
     def __init__(self, system: System, sizes: Sequence[int], held: Limits, stack: ExitStack) -> None:
@@ -263,7 +275,7 @@ class Ring:
         self._servers = [start(system, "server", host, host) for host in range(max(sizes))]
         self._others = [start(NEIGHBOUR, "client", host, host) for host in range(max(sizes))]
         addresses = [each.answer(START_LIMIT) for each in self._servers]
-        ways = sorted({(host, (host + 1) % size) for size in sizes for host in range(size)})
+        ways = sorted({way for size in sizes for way in ring(size)})
         self._clients = {way: start(system, "client", *way) for way in ways}
         for each in (*self._others, *self._clients.values()):
             each.answer(START_LIMIT)
@@ -283,7 +295,7 @@ class Ring:
             name,
             self._directory,
             broker=self._broker.url if self._broker else "",
-            cpu=processors()[0],
+            cpu=processors()[host // HOSTS_PER_CPU],
         )
 
     def _gather(self) -> None:
@@ -295,7 +307,7 @@ class Ring:
             self._held.put("broker", family(self._broker.pid))
 
     def _calling(self, size: int) -> list[Worker]:
-        return [self._clients[host, (host + 1) % size] for host in range(size)]
+        return [self._clients[way] for way in ring(size)]
 
     def _run(self, size: int, seconds: float) -> None:
         working = [*self._calling(size), *self._others[size:]]
@@ -320,9 +332,12 @@ class Ring:
         self._run(size, seconds)
         hosts, broker, busy, took = (now - then for now, then in zip(self._clocks(size), before, strict=True))
         samples = [each.ask("sample") for each in self._calling(size)]
+        calls = sum(each["calls"] for each in samples)
+        if not calls:
+            raise Failed(f"{self._system.name}: {size} hosts had not one answer within {seconds:g} s")
         return Point(
             rate=sum(each["calls"] / each["seconds"] for each in samples),
-            cpu=(hosts + broker) / sum(each["calls"] for each in samples) * 1e6,
+            cpu=(hosts + broker) / calls * 1e6,
             share_used=hosts / (took * size * SHARE),
             broker_used=broker / (took * broker_shares * SHARE),
             cpu_used=busy / took,
@@ -357,11 +372,11 @@ def measure_one(system: System, options: Options, say: Say) -> list[Row]:
     shares = BROKER_SHARES if system.broker else (1,)
     points: dict[tuple[int, int], list[Point]] = {(share, size): [] for share in shares for size in sizes}
     with limits(say) as held, ExitStack() as stack:
-        ring = Ring(system, sizes, held, stack)
+        cloud = Cloud(system, sizes, held, stack)
         for number in range(options.rounds):
             there = list(points.items())
             for (share, size), seen in there[:: (-1) ** number]:  # and back: what drifts, drifts for all alike
-                seen.append(ring.window(size, share, SECONDS * options.seconds))
+                seen.append(cloud.window(size, share, SECONDS * options.seconds))
             say(f"scale: {system.name}: round {number + 1} of {options.rounds}")
     return [
         row(system, held.name, share, size, seen, points[share, sizes[0]]) for (share, size), seen in points.items()
