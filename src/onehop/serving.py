@@ -114,34 +114,28 @@ class Runner:
         """Run one request and put its answer in the queue of the inbound socket; whoever asks sees that it leaves."""
         queue = self.queue
         inbound = queue.inbound
-        if expired(request):
+        if request.cancelled or (request.deadline is not None and request.deadline <= monotonic()):
             inbound.refuse(request, "expired")
             return
         token = serving.set(request)
-        frame: wire.Frame | None
+        frame: wire.Frame | None = None
         try:
             method = self.methods.get(request.names[2])
             if method is None:
                 raise handlers.Missing(f"it has {', '.join(sorted(self.methods))}")
             value = payload.decode(request.body)
             if request.kind == wire.CAST and is_many(request, value):
-                for each in value:
-                    try:
-                        method.invoke(*arguments_of(each))
-                    except BaseException as error:
-                        self.note_failed(request, error)
-                result: Any = None
+                self._run_each(request, method, value)
             else:
                 arguments, keywords = arguments_of(value)
                 result = method.invoke(arguments, keywords)
-            if request.flags & wire.STREAM:
-                frame = wire.answer(wire.REPLY, wire.STREAM, request.id, b"\xc0")
-                if not self._write(request, result):
-                    frame = None  # cut short: an end would read as if that had been all
-            else:
-                if hasattr(result, "__next__"):
-                    result = list(result)
-                frame = wire.answer(wire.REPLY, 0, request.id, fitting(result, self.settings), len(queue.tasks))
+                if request.flags & wire.STREAM:
+                    if self._write(request, result):  # else cut short: an end would read as if that had been all
+                        frame = wire.answer(wire.REPLY, wire.STREAM, request.id, b"\xc0")
+                else:
+                    if hasattr(result, "__next__"):
+                        result = list(result)
+                    frame = wire.answer(wire.REPLY, 0, request.id, fitting(result, self.settings), len(queue.tasks))
         except BaseException as error:  # SystemExit too: it is the handler's doing, and its caller waits
             frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(queue.tasks))
             if request.kind == wire.CAST:
@@ -149,6 +143,15 @@ class Runner:
         finally:
             serving.reset(token)
         inbound.put(request, frame if request.kind == wire.REQUEST else None)
+
+    def _run_each(self, request: Request, method: handlers.Method, many: list[Any]) -> None:
+        invoke = method.invoke
+        for each in many:
+            try:
+                arguments, keywords = arguments_of(each)
+                invoke(arguments, keywords)
+            except BaseException as error:
+                self.note_failed(request, error)
 
     def note_failed(self, request: Request, error: BaseException) -> None:
         """The handler of a cast raised. Nobody waits for it, so nobody else would ever know."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from onehop import NoRoute, PeerLost, Rejected, RemoteError
+from onehop import CallTimeout, NoRoute, PeerLost, Rejected, RemoteError
 
 
 class Ledger:
@@ -129,6 +129,88 @@ def test_raw_cast_passes_bytes_through(node) -> None:
     (incoming,) = listener.poll(timeout=5.0)
     assert (incoming.kind, incoming.method, bytes(incoming.body)) == ("cast", "note", b"raw")
     incoming.done()
+
+
+def test_many_casts_run_once_each(node) -> None:
+    ledger = Ledger()
+    serving = node()
+    server = serving.serve("clock", ledger, workers=1)
+    client = node().client("clock")
+    assert client.cast_many("note", ((number,) for number in range(1000))) is None
+    assert sorted(ledger.wait(1000)) == list(range(1000))
+    assert server.drain(5.0)
+    assert len(ledger.entries) == 1000
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_few_casts_travel_as_many_do(node, count) -> None:
+    ledger = Ledger()
+    server = node().serve("clock", ledger)
+    node().client("clock").cast_many("note", [{"value": number} for number in range(count)])
+    assert ledger.wait(count) == list(range(count))
+    assert server.drain(5.0)
+    assert len(ledger.entries) == count
+
+
+def test_many_casts_of_any_size_arrive(node) -> None:
+    ledger = Ledger()
+    node().serve("clock", ledger, workers=1)
+    sizes = [10, 100_000, 1, 5_000, 0, 70_000] * 5
+    node().client("clock").cast_many("note", ((b"x" * size,) for size in sizes))
+    assert sorted(len(each) for each in ledger.wait(len(sizes))) == sorted(sizes)
+
+
+def test_one_of_many_casts_that_raises_keeps_no_other_from_running(node, caplog, eventually) -> None:
+    ledger = Ledger()
+
+    def note(value: int) -> None:
+        if value % 2:
+            raise ValueError("odd")
+        ledger.note(value)
+
+    serving = node()
+    serving.serve("clock", {"note": note}, workers=1)
+    with caplog.at_level(logging.ERROR, "onehop"):
+        node().client("clock").cast_many("note", ((number,) for number in range(10)))
+        assert ledger.wait(5) == [0, 2, 4, 6, 8]
+        eventually(lambda: serving.statistics().dropped.get("casts whose handler raised") == 5)
+
+
+def test_many_casts_to_nobody_are_refused_as_one_is(node) -> None:
+    with pytest.raises(NoRoute):
+        node().client("clock", ready_timeout=0.05).cast_many("note", [(1,), (2,)])
+
+
+def test_many_casts_wait_for_a_server_that_is_full(node, gate, eventually) -> None:
+    serving = node(inbox_messages=4)
+    ran: list[int] = []
+
+    def note(value: int) -> None:
+        gate.open.wait(10.0)
+        ran.append(value)
+
+    serving.serve("clock", {"note": note}, workers=1)
+    client = node().client("clock", timeout=20.0)
+    done = threading.Event()
+
+    def cast() -> None:
+        client.cast_many("note", ((number,) for number in range(2000)))
+        done.set()
+
+    threading.Thread(target=cast, daemon=True).start()
+    eventually(lambda: serving.statistics().refused.get("full", 0) > 0)
+    assert not done.is_set()
+    gate.open.set()
+    assert done.wait(20.0)
+    eventually(lambda: len(ran) == 2000)
+    assert sorted(ran) == list(range(2000))
+
+
+def test_many_casts_to_a_server_that_stays_full_end_at_the_deadline(node, gate) -> None:
+    node(inbox_messages=2).serve("clock", gate, workers=1)
+    with pytest.raises((Rejected, CallTimeout)):
+        node().client("clock", timeout=0.5).cast_many("hold", ((number,) for number in range(5000)))
+    gate.open.set()
 
 
 # Fan-outs -----------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-CALLER = (28, 40)
-SERVER = (60, 80)
+CALLER = (18, 39)
+SERVER = (42, 56)
 """Python functions and built-in ones."""
 ROUNDS = 100
 BATCHES = 5

@@ -81,8 +81,8 @@ class Core:
             CallError: there is no reply; says whether the request may have run.
         """
         service, server, method, body, _, attempts, mandatory, _ = sending
-        ready = math.inf if attempts is None and not mandatory else 0.0
-        client = self._client(service, server, timeout, ready, monitor)
+        key = (service, server, timeout, math.inf if attempts is None and not mandatory else 0.0, monitor)
+        client = self._clients.get(key) or self._client(*key)
         deadline = time.monotonic() + timeout
         try:
             return client.call_raw(method, body)

@@ -80,6 +80,7 @@ class Attempt:
         until: the deadline; ``started``: when it began; both on this process's monotonic clock.
 
     Attributes:
+        under_way: whether it has a call.
         chosen: where to go next, where that has been decided.
         route, link, call: of the server being tried now.
         tried: routes that failed in this round; ``error``: the last failure; ``pause``: seconds before another round.
@@ -92,6 +93,7 @@ class Attempt:
     method: str
     until: float
     started: float
+    under_way: bool = False
     chosen: Route | None = None
     tried: list[Route] = field(default_factory=list)
     error: CallError | None = None
@@ -105,7 +107,7 @@ class Attempt:
 
     def take(self, route: Route, link: Link, call: Call) -> None:
         """It goes to ``route`` now."""
-        self.route, self.link, self.call = route, link, call
+        self.route, self.link, self.call, self.under_way = route, link, call, True
         self.record = route.peer.record
         call.route = route
 
