@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 CALLER = (18, 39)
-SERVER = (42, 56)
+SERVER = (42, 58)
 """Python functions and built-in ones."""
 ROUNDS = 100
 BATCHES = 5
