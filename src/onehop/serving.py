@@ -127,8 +127,7 @@ class Runner:
             if request.kind == wire.CAST and is_many(request, value):
                 self._run_each(request, method, value)
             else:
-                arguments, keywords = arguments_of(value)
-                result = method.invoke(arguments, keywords)
+                result = method.invoke(*arguments_of(value))
                 if request.flags & wire.STREAM:
                     if self._write(request, result):  # else cut short: an end would read as if that had been all
                         frame = wire.answer(wire.REPLY, wire.STREAM, request.id, b"\xc0")

@@ -13,7 +13,12 @@ import pytest
 from onehop.transport.native import VARIABLE
 
 HERE = Path(__file__).parent
-SUITES = [HERE / "test_carriers.py", HERE / "test_nodes.py", HERE.parent / "transport" / "test_sockets.py"]
+SUITES = [
+    HERE / "test_carriers.py",
+    HERE / "test_nodes.py",
+    HERE.parent / "transport" / "test_sockets.py",
+    HERE.parent / "test_budget.py",
+]
 
 COMPILED = "from onehop.transport.native import native; print(native is not None)"
 

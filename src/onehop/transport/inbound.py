@@ -292,9 +292,15 @@ class Inbound:
                 more = True  # first run what is there: what is not read waits in the senders, whose windows bound it
             elif not self.closing:
                 # While requests come one by one, a second look behind each would find nothing, and cost as much.
-                more = self.socket.drain(1 if self._calm > CALM else BATCH, self._incoming)
-                if self._incoming:
-                    more |= self._take_in(moved)
+                incoming, inbox = self._incoming, self._inbox
+                more = self.socket.drain(1 if self._calm > CALM else BATCH, incoming)
+                if incoming:
+                    self._calm = 0 if self._found or len(incoming) > 1 else self._calm + 1
+                    self._found = True
+                    inbox.receive_all(incoming, monotonic(), moved)
+                    if inbox.outgoing:
+                        self._send_outgoing(moved)
+                        more = True  # a send may eat the edge of what came meanwhile
                 else:
                     self._found = False
         finally:  # an interrupt (Ctrl-C) must not keep from others what was taken in for them
@@ -306,17 +312,6 @@ class Inbound:
             if moved:
                 self._dispatch(moved, queue, leading)
         return more
-
-    def _take_in(self, moved: list[Request]) -> bool:
-        """Give the inbox what came and send what it answers, under ``_lock``; True when more may be there."""
-        incoming, inbox = self._incoming, self._inbox
-        self._calm = 0 if self._found or len(incoming) > 1 else self._calm + 1
-        self._found = True
-        inbox.receive_all(incoming, monotonic(), moved)
-        if not inbox.outgoing:
-            return False
-        self._send_outgoing(moved)
-        return True  # a send may eat the edge of what came meanwhile
 
     def _dispatch(self, moved: list[Request], mine: Queue | None, leading: bool) -> None:
         """Give each new request to its queue; wake whoever waits for news of one that runs."""

@@ -106,8 +106,10 @@ class Wake:
 
     def wait(self, seconds: float) -> None:
         """Sleep until the socket's descriptor or :meth:`set` ends it, at most ``seconds``. One thread at a time."""
+        if seconds > LONGEST_WAIT:
+            seconds = LONGEST_WAIT
         # Rounded up: a wait that ends a little early would turn into a busy one.
-        milliseconds = int(min(seconds, LONGEST_WAIT) * 1000) + 1 if seconds > 0 else 0
+        milliseconds = int(seconds * 1000) + 1 if seconds > 0 else 0
         if self.native is not None:
             self.native.wait(self._beside, self.fd, milliseconds)
             return
