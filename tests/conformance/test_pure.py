@@ -13,12 +13,13 @@ import pytest
 from onehop.transport.native import VARIABLE
 
 HERE = Path(__file__).parent
-SUITES = [
-    HERE / "test_carriers.py",
-    HERE / "test_nodes.py",
-    HERE.parent / "transport" / "test_sockets.py",
-    HERE.parent / "test_budget.py",
-]
+SUITES = {
+    HERE / "test_carriers.py": 20,
+    HERE / "test_nodes.py": 20,
+    HERE.parent / "transport" / "test_sockets.py": 20,
+    HERE.parent / "test_budget.py": 2,
+}
+"""And how many tests each has at least."""
 
 COMPILED = "from onehop.transport.native import native; print(native is not None)"
 
