@@ -45,13 +45,16 @@ bench-simulator: $(STAMP)  ## rates over zmq:// and over rabbit://, interleaved
 	@$(BIN)/python benchmarks/simulator/run.py
 
 clean:  ## remove the environment and what tools left behind
-	rm -rf $(VENV) $(BENCH_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .stestr .coverage .coverage.* htmlcov
+	rm -rf $(VENV) $(BENCH_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .stestr .coverage .coverage.* htmlcov src/*.egg-info
+	rm -f src/onehop/transport/_native.*.so
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-$(STAMP): pyproject.toml
+BUILT_FROM := pyproject.toml setup.py src/onehop/transport/_native.c
+
+$(STAMP): $(BUILT_FROM)
 	$(call environment,$(VENV),--editable '.[dev]')
 
-$(BENCH_STAMP): pyproject.toml benchmarks/requirements.txt
+$(BENCH_STAMP): $(BUILT_FROM) benchmarks/requirements.txt
 	$(call environment,$(BENCH_VENV),--editable '.[oslo]' --requirement benchmarks/requirements.txt)
 
 # A virtual environment (1), and what pip is to install into it (2).

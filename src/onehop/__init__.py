@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         ServerView,
         Serving,
         Stream,
+        compiled,
         current,
     )
 
@@ -77,6 +78,7 @@ _LAZY = {
             "ServerView",
             "Serving",
             "Stream",
+            "compiled",
             "current",
         ),
         "onehop.sync",
@@ -118,6 +120,7 @@ __all__ = [
     "TooLarge",
     "VersionMismatch",
     "WireError",
+    "compiled",
     "current",
     "method",
 ]

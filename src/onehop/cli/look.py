@@ -114,6 +114,7 @@ def version(as_json: AsJson = False) -> None:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
+    found["compiled functions"] = "in use" if onehop.compiled else "not in use"
     if as_json:
         print_json(found)
     else:

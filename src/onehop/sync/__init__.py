@@ -5,6 +5,7 @@ from onehop.serving import Incoming, Serving, current
 from onehop.sync.client import Call, Client, Stream
 from onehop.sync.node import Node
 from onehop.sync.server import Listener, Server
+from onehop.transport.native import compiled
 
 __all__ = [
     "Call",
@@ -18,5 +19,6 @@ __all__ = [
     "ServerView",
     "Serving",
     "Stream",
+    "compiled",
     "current",
 ]

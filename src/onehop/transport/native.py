@@ -31,3 +31,5 @@ def _load() -> Any:
 
 native: Any = _load()
 """The module ``_native``, or None."""
+compiled = native is not None
+"""Whether what every message passes is compiled code."""
