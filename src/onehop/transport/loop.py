@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from _thread import get_ident
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from time import monotonic
@@ -110,6 +111,7 @@ class LoopEngine(Engine):
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self.loop = running_loop()
+        self._thread = get_ident()
         self.inherited = False
         self._changes: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -128,7 +130,7 @@ class LoopEngine(Engine):
         Raises:
             NoRoute, Rejected, CallTimeout, PeerLost, TooLarge: as their docstrings say.
         """
-        if running_loop() is not self.loop:
+        if get_ident() != self._thread or not self.loop.is_running():  # get_running_loop() asks the kernel
             self.check_loop()
         begun = self.begin(terms, kind, flags, method, body)
         if isinstance(begun, Attempt):
