@@ -376,3 +376,86 @@ def test_each_call_leaves_the_table_exactly_once_whatever_comes_in_whatever_orde
             pass
     left += table.lose("end")
     assert sorted(call.id for call in left) == [1, 2, 3, 4, 5, 6]
+
+
+# In batches ---------------------------------------------------------------------------------------
+
+
+def table_of(*kinds: int) -> tuple[CallTable, list[Call]]:
+    """A table with a registered call of each kind, numbered from 1."""
+    table = CallTable()
+    calls = [Call(kind) for kind in kinds]
+    for call in calls:
+        table.begin(call)
+    return table, calls
+
+
+def plain(frame: wire.Frame) -> bytes:
+    assert isinstance(frame, bytes)
+    return frame
+
+
+BATCH = [
+    plain(wire.answer(wire.REPLY, 0, 1, b"one", load=7)),
+    b"short",
+    plain(wire.answer(wire.REPLY, wire.FAILED, 2, b"failed")),
+    wire.ack([3]),
+    plain(wire.answer(wire.REPLY, 0, 3, b"no request")),
+    plain(wire.answer(wire.REPLY, 0, 99, b"late")),
+    wire.pack(wire.PING),
+    plain(wire.answer(wire.REPLY, 0, 4, b"four")),
+    wire.reject(5, "full"),
+]
+
+
+def test_batch_leaves_what_the_same_frames_leave_one_by_one() -> None:
+    found = []
+    for together in (True, False):
+        table, calls = table_of(wire.REQUEST, wire.REQUEST, wire.CAST, wire.REQUEST, wire.REQUEST)
+        moved: list[Call] = []
+        others: list[bytes] = []
+        incoming: list[tuple[bytes, wire.Body | None]] = [(frame, None) for frame in BATCH]
+        bad = 0
+        for part in [incoming] if together else [[each] for each in incoming]:
+            bad += table.receive_all(part, moved, others)
+            assert part == []
+        told = [(call.outcome, call.body) for call in calls]
+        found.append((bad, told, [call.id for call in moved], others, table.load, table.late, list(table.pending)))
+    assert found[0] == found[1]
+    bad, told, moved_ids, others, _load, late, pending = found[0]
+    assert (bad, late, pending) == (1, 2, [])
+    assert told == [
+        (REPLIED, b"one"), (FAILED, b"failed"), (TAKEN, None), (REPLIED, b"four"), (REJECTED, ("full", ""))
+    ]  # fmt: skip
+    assert (moved_ids, others) == ([1, 2, 3, 4, 5], [wire.pack(wire.PING)])
+
+
+def test_reply_to_a_cast_breaks_the_format_in_a_batch_too() -> None:
+    table, [call] = table_of(wire.CAST)
+    assert table.receive_all([(plain(wire.answer(wire.REPLY, 0, 1, b"")), None)], [], []) == 1
+    assert call.outcome is None
+    assert list(table.pending) == [1]
+
+
+def test_nothing_behind_a_final_goodbye_is_looked_at() -> None:
+    table, [call] = table_of(wire.REQUEST)
+    others: list[bytes] = []
+    goodbye = wire.goodbye(final=True)
+    incoming: list[tuple[bytes, wire.Body | None]] = [
+        (goodbye, None), (plain(wire.answer(wire.REPLY, 0, 1, b"")), None)
+    ]  # fmt: skip
+    assert table.receive_all(incoming, [], others) == 0
+    assert (incoming, others, call.outcome) == ([], [goodbye], None)
+
+
+def test_reply_whose_caller_gives_up_at_this_moment_is_late() -> None:
+    class GivenUpMeanwhile(dict[int, Call]):
+        def pop(self, number: int, default: Any = None) -> Any:  # type: ignore[override]
+            super().pop(number, None)
+            return default
+
+    table, [call] = table_of(wire.REQUEST)
+    table.pending = GivenUpMeanwhile(table.pending)
+    moved: list[Call] = []
+    assert table.receive_all([(plain(wire.answer(wire.REPLY, 0, 1, b"")), None)], moved, []) == 0
+    assert (moved, call.outcome, table.late) == ([], None, 1)

@@ -262,3 +262,15 @@ def test_monitored_request_whose_interval_is_0_is_refused() -> None:
     assert wire.address(frame, wire.header(frame))[0] == 0.5
     with pytest.raises(WireError, match="interval is 0"):
         wire.address(without, wire.header(without))
+
+
+@given(
+    st.sampled_from([wire.REQUEST, wire.CAST]),
+    st.integers(0, 2**64 - 1),
+    st.floats(0.001, 1e6),
+    st.binary(max_size=300),
+)
+def test_plain_request_is_the_same_frame_as_a_request_without_a_monitor(kind, id, seconds, body) -> None:
+    section = wire.names("clock", "a", "read")
+    plain = wire.plain_request(kind, 0, id, wire.milliseconds(seconds), section, body)
+    assert plain == wire.request(kind, 0, id, seconds, None, section, body)

@@ -110,6 +110,42 @@ class CallTable:
         call.given_up = True
         return self.pending.pop(call.id, None) is not None
 
+    def receive_all(self, incoming: list[tuple[bytes, Body | None]], moved: list[Call], others: list[bytes]) -> int:
+        """Take in frames, in their order, and out of the list; append to ``moved`` whoever has news.
+
+        Args:
+            others: gets the frames that are for no call. Behind a final goodbye nothing more is looked at.
+
+        Returns:
+            How many broke the wire format.
+        """
+        unpack, pending = wire.HEADER.unpack_from, self.pending
+        bad = done = 0
+        try:
+            for frame, body in incoming:
+                done += 1
+                try:
+                    kind, flags, extent, _number, id = unpack(frame)
+                    # The express lane: a plain reply to a call that waits for it.
+                    if (
+                        kind == wire.REPLY and not flags and body is None and (call := pending.get(id)) is not None
+                        and call.kind == wire.REQUEST and pending.pop(id, None) is not None
+                    ):  # fmt: skip
+                        self.load = extent
+                        call.body = frame[wire.HEADER_SIZE :]
+                        call.outcome = REPLIED
+                        moved.append(call)
+                    elif not self.receive(frame, body, moved):
+                        others.append(frame)
+                        if wire.is_final(frame):
+                            done = len(incoming)
+                            break
+                except (WireError, wire.TOO_SHORT):
+                    bad += 1
+        finally:
+            del incoming[:done]
+        return bad
+
     def receive(self, frame: bytes, body: Body | None, moved: list[Call]) -> bool:
         """Take in one frame; append to ``moved`` whoever has news.
 

@@ -115,8 +115,9 @@ class Queue:
     def wait(self, lock: Any, seconds: float) -> None:
         """Sleep on ``lock`` (which the caller holds) until woken, unless there is something to do already."""
         self.idle.append(lock)
-        if not self.tasks and not self.stopped:  # looked at after the lock can be found
-            acquire(lock, seconds)
+        # Looked at after the lock can be found. Who wakes us takes it out of the list.
+        if not self.tasks and not self.stopped and (lock.acquire() if seconds == FOREVER else acquire(lock, seconds)):
+            return
         try:
             self.idle.remove(lock)
         except ValueError:
@@ -291,7 +292,8 @@ class Inbound:
             if len(self._inline) >= BATCH:
                 more = True  # first run what is there: what is not read waits in the senders, whose windows bound it
             elif not self.closing:
-                # While requests come one by one, a second look behind each would find nothing, and cost as much.
+                # While inline requests come one by one, a second look behind each would find nothing, and cost as much;
+                # the sending of the answer is followed by one.
                 incoming, inbox = self._incoming, self._inbox
                 more = self.socket.drain(1 if self._calm > CALM else BATCH, incoming)
                 if incoming:
@@ -330,8 +332,10 @@ class Inbound:
                 continue
             target.tasks.append(request)
             if target is filled and target.run is not None:
+                self._watched.setdefault(target, -1)
                 continue  # one worker is woken for a batch
             filled = target
+            self._calm = 0
             if target is mine:
                 mine = None  # the first is taken by who asks
             else:
@@ -341,9 +345,9 @@ class Inbound:
                 except RuntimeError:
                     target.tasks.remove(request)
                     self.refuse(request, "full")
-            if target.run is not None:
+            if target.run is not None and len(target.tasks) > 1:
                 self._watched.setdefault(target, -1)
-        if not leading and ((filled is not None and self.resting) or (self._inline and self._asleep)):
+        if not leading and ((self._watched and self.resting) or (self._inline and self._asleep)):
             self._wake.set()
 
     def _run_inline(self) -> None:

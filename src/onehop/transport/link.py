@@ -162,21 +162,12 @@ class Link(ABC):
 
     def _take_in(self, moved: list[Call]) -> bool:
         """Give what was read to the calls, under ``_lock``; False when nothing more comes."""
-        incoming, receive, done = self._incoming, self.calls.receive, 0
-        try:
-            for frame, body in incoming:
-                done += 1
-                try:
-                    if not receive(frame, body, moved):
-                        self._cold.append(frame)
-                        if wire.is_final(frame):
-                            # At once: the connection's end may overtake whoever handles it. Nothing comes behind.
-                            self.drained, self.ended, done = True, "it was drained", len(incoming)
-                            return False
-                except WireError:
-                    self.bad_frames += 1
-        finally:
-            del incoming[:done]
+        cold = self._cold
+        self.bad_frames += self.calls.receive_all(self._incoming, moved, cold)
+        if cold and wire.is_final(cold[-1]):
+            # At once: the connection's end may overtake whoever handles it. Nothing comes behind.
+            self.drained, self.ended = True, "it was drained"
+            return False
         return True
 
     def _handle_cold(self) -> None:
