@@ -322,6 +322,7 @@ class BlockingEngine(Engine):
         return woken
 
     def _rest(self, link: Link, idle: bool) -> None:
+        idle = idle and self._watch.shares  # else it is looked after in each round
         super()._rest(link, idle)
         if idle:
             self._watch.add(link.socket.fd, link)

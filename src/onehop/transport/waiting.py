@@ -60,6 +60,11 @@ class Watch:
         self._watched: dict[int, Any] = {}
         self._epoll: Any = select.epoll() if hasattr(select, "epoll") else None
 
+    @property
+    def shares(self) -> bool:
+        """Whether another thread may wait for the same descriptor meanwhile: a green one must not."""
+        return self._epoll is not None and hasattr(select, "epoll")
+
     def add(self, descriptor: int, whose: Any) -> None:
         """Wait for ``descriptor`` from now on."""
         if descriptor not in self._watched:
@@ -74,7 +79,7 @@ class Watch:
 
     def wait(self, seconds: float) -> list[tuple[int, Any]]:
         """Those that are readable, and whose they are, after at most ``seconds``."""
-        if self._epoll is not None and hasattr(select, "epoll"):
+        if self.shares:
             ready = [descriptor for descriptor, _ in self._epoll.poll(seconds)]
         else:
             ready = poll(list(self._watched), seconds)
