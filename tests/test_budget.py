@@ -18,8 +18,8 @@ import onehop
 from onehop.testing.memory import Network
 from onehop.transport.native import native
 
-CALLER = {"zmq": (13, 24), "zmq, pure": (22, 26), "memory": (20, 36)}
-SERVER = {"zmq": (22, 40), "zmq, pure": (29, 39), "memory": (24, 44)}
+CALLER = {"zmq": (13, 24), "zmq, pure": (22, 26), "memory": (25, 44)}
+SERVER = {"zmq": (22, 40), "zmq, pure": (29, 39), "memory": (29, 52)}
 """Python functions and built-in ones."""
 ROUNDS = 100
 BATCHES = 5

@@ -74,8 +74,13 @@ def fitting(value: Any, settings: Settings) -> bytes:
     """
     body = payload.encode(value)
     if len(body) > settings.max_message:
-        raise TooLarge(f"the result has {len(body)} bytes; max_message allows {settings.max_message}")
+        raise too_large(body, settings)
     return body
+
+
+def too_large(body: bytes, settings: Settings) -> TooLarge:
+    """The error for a result beyond ``max_message``."""
+    return TooLarge(f"the result has {len(body)} bytes; max_message allows {settings.max_message}")
 
 
 def expired(request: Request) -> bool:
@@ -127,14 +132,18 @@ class Runner:
             if request.kind == wire.CAST and is_many(request, value):
                 self._run_each(request, method, value)
             else:
-                result = method.invoke(*arguments_of(value))
+                arguments, keywords = arguments_of(value)
+                result = method.invoke(arguments, keywords)
                 if request.flags & wire.STREAM:
                     if self._write(request, result):  # else cut short: an end would read as if that had been all
                         frame = wire.answer(wire.REPLY, wire.STREAM, request.id, b"\xc0")
                 else:
                     if hasattr(result, "__next__"):
                         result = list(result)
-                    frame = wire.answer(wire.REPLY, 0, request.id, fitting(result, self.settings), len(queue.tasks))
+                    body = payload.encode(result)
+                    if len(body) > self.settings.max_message:
+                        raise too_large(body, self.settings)
+                    frame = wire.answer(wire.REPLY, 0, request.id, body, len(queue.tasks))
         except BaseException as error:  # SystemExit too: it is the handler's doing, and its caller waits
             frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(queue.tasks))
             if request.kind == wire.CAST:

@@ -77,7 +77,8 @@ def test_ping_of_nobody_has_its_exit_code(run: Callable[..., Any], clock: Any) -
 
 def test_versions_are_shown(run: Callable[..., Any]) -> None:
     found = run("version", "--json").json
-    assert found.keys() == {"onehop", "python", "pyzmq", "msgspec", "oslo.messaging"}
+    assert found.keys() == {"onehop", "python", "pyzmq", "msgspec", "oslo.messaging", "compiled functions"}
+    assert found["compiled functions"] == ("in use" if onehop.compiled else "not in use")
     assert found["onehop"] == onehop.__version__
     assert run("version").out.splitlines()[0] == f"onehop {onehop.__version__}"
 
