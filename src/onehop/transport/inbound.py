@@ -115,13 +115,23 @@ class Queue:
     def wait(self, lock: Any, seconds: float) -> None:
         """Sleep on ``lock`` (which the caller holds) until woken, unless there is something to do already."""
         self.idle.append(lock)
-        # Looked at after the lock can be found. Who wakes us takes it out of the list.
-        if not self.tasks and not self.stopped and (lock.acquire() if seconds == FOREVER else acquire(lock, seconds)):
-            return
+        if not self.tasks and not self.stopped:  # looked at after the lock can be found
+            acquire(lock, seconds)
         try:
             self.idle.remove(lock)
         except ValueError:
             acquire(lock, 0)  # it was taken out to wake us: take the wake-up too
+
+    def _sleep(self, lock: Any) -> None:
+        """:meth:`wait` of a worker, whose lock is released only by who took it out of the list."""
+        self.idle.append(lock)
+        if self.tasks or self.stopped:
+            try:
+                self.idle.remove(lock)
+                return
+            except ValueError:
+                pass  # it was taken out to wake us: the wake-up comes
+        lock.acquire()
 
     def _work(self) -> None:
         run, tasks, seconds = self.run, self.tasks, self._seconds
@@ -139,7 +149,7 @@ class Queue:
                 elif self.stopped:
                     return
                 else:
-                    self.wait(lock, FOREVER)
+                    self._sleep(lock)
                 continue
             self.begun += 1
             method = request.names[2]
