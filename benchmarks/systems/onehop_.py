@@ -11,6 +11,8 @@ import onehop
 from benchmarks.messages import Message, answer
 from benchmarks.system import Sample, Setup, in_threads
 
+FANNERS = 16
+"""Fan-outs under way at once: each waits for its receipts, where a publisher of others waits for nothing."""
 STRETCH = 64
 """Casts between two looks at the clock."""
 START_LIMIT = 30.0
@@ -107,7 +109,7 @@ class Client:
         return Sample(stream.sent, perf_counter() - began)
 
     def fanout(self, seconds: float) -> Sample:
-        return in_threads(self._fan_out, seconds, 1, self._receivers)
+        return in_threads(self._fan_out, seconds, FANNERS, self._receivers)
 
     def _fan_out(self) -> int:
         return sum(each.outcome == "taken" for each in self._client.fanout("note", self._message.body))

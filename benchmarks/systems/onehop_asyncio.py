@@ -9,7 +9,7 @@ from typing import Any
 import onehop
 from benchmarks.messages import Message, answer
 from benchmarks.system import Sample, Setup, in_tasks
-from benchmarks.systems.onehop_ import START_LIMIT, CastStream, settings
+from benchmarks.systems.onehop_ import FANNERS, START_LIMIT, CastStream, settings
 from benchmarks.systems.sockets import runner
 from onehop.asyncio import Node
 
@@ -82,7 +82,7 @@ class Client:
         return Sample(stream.sent, perf_counter() - began)
 
     def fanout(self, seconds: float) -> Sample:
-        return self._runner.run(in_tasks(self._fan_out, seconds, 1, self._receivers))
+        return self._runner.run(in_tasks(self._fan_out, seconds, FANNERS, self._receivers))
 
     async def _fan_out(self) -> int:
         receipts = await self._client.fanout("note", self._message.body)
