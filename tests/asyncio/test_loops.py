@@ -220,6 +220,7 @@ async def test_loop_that_is_held_up_keeps_its_links_and_every_call_its_outcome(z
         outcomes = await asyncio.gather(*late, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {CallTimeout}
         go_on.set()
-        assert [peer.node for peer in looping.statistics().peers] == peers
+        # None is lost; its own record may be heard of meanwhile.
+        assert {*peers} <= {peer.node for peer in looping.statistics().peers}
         assert await client.call("double", 2) == 4
         assert await asyncio.to_thread(other.call, "looping", "double", 2) == 4
