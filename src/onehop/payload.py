@@ -35,6 +35,7 @@ def _extension(code: int, data: memoryview) -> Any:
 
 _encode = msgspec.msgpack.Encoder(enc_hook=_refuse).encode
 _decode = msgspec.msgpack.Decoder(ext_hook=_extension).decode
+_decode_arguments = msgspec.msgpack.Decoder(tuple[list[Any], dict[str, Any]], ext_hook=_extension).decode
 
 
 def encode(value: Any) -> bytes:
@@ -67,6 +68,14 @@ def _with_big_integers(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_with_big_integers(each) for each in value]
     return value
+
+
+def decode_arguments(body: bytes | memoryview) -> tuple[list[Any], dict[str, Any]] | None:
+    """The arguments and keywords that ``body`` holds; None where it holds another value, or none."""
+    try:
+        return _decode_arguments(body)
+    except (msgspec.DecodeError, RecursionError, ValueError, OverflowError):
+        return None
 
 
 def decode(body: bytes | memoryview) -> Any:

@@ -50,20 +50,27 @@ def current() -> Serving | None:
     return Serving(request.service, request.server, request.method, request.node.hex(), request)
 
 
+def many_of(request: Request) -> list[Any]:
+    """The runs that the body of a cast asks for, where it is not one pair of arguments and keywords.
+
+    Raises:
+        DecodeError, BadArguments: it is something else.
+    """
+    value = payload.decode(request.body)
+    if request.kind == wire.CAST and type(value) is list and value != [] and set(map(type, value)) == {list}:
+        return value
+    raise handlers.Misfit("the body is not a pair of arguments and keywords")
+
+
 def arguments_of(value: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments and keywords of one run of a method.
+    """Arguments and keywords of one of many runs.
 
     Raises:
         BadArguments: it is something else.
     """
-    if type(value) is list and len(value) == 2 and type(value[0]) is list and type(value[1]) is dict:
+    if len(value) == 2 and type(value[0]) is list and type(value[1]) is dict:
         return value[0], value[1]
-    raise handlers.Misfit("the body is not a pair of arguments and keywords")
-
-
-def is_many(request: Request, value: Any) -> bool:
-    """Whether ``value`` is the body of many casts in one: a list of pairs, where one cast is a pair itself."""
-    return request.kind == wire.CAST and type(value) is list and value != [] and set(map(type, value)) == {list}
+    raise handlers.Misfit("one of the body's many runs is not a pair of arguments and keywords")
 
 
 def fitting(value: Any, settings: Settings) -> bytes:
@@ -128,12 +135,11 @@ class Runner:
             method = self.methods.get(request.names[2])
             if method is None:
                 raise handlers.Missing(f"it has {', '.join(sorted(self.methods))}")
-            value = payload.decode(request.body)
-            if request.kind == wire.CAST and is_many(request, value):
-                self._run_each(request, method, value)
+            pair = payload.decode_arguments(request.body)
+            if pair is None:
+                self._run_each(request, method, many_of(request))
             else:
-                arguments, keywords = arguments_of(value)
-                result = method.invoke(arguments, keywords)
+                result = method.invoke(*pair)
                 if request.flags & wire.STREAM:
                     if self._write(request, result):  # else cut short: an end would read as if that had been all
                         frame = wire.answer(wire.REPLY, wire.STREAM, request.id, b"\xc0")

@@ -804,7 +804,7 @@ class Taker:
                 identity: (sender.node, sender.heard, {id: self.told(each) for id, each in sender.calls.items()})
                 for identity, sender in inbox.senders.items()
             },
-            "windows": {node: (each._highest, each._missing) for node, each in inbox._windows.items()},
+            "windows": {node: (each.next, each._missing) for node, each in inbox._windows.items()},
             "timer": inbox.timer(),
         }
 

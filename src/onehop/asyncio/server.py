@@ -14,7 +14,7 @@ from onehop import handlers, payload
 from onehop.errors import EncodeError, SettingsError
 from onehop.protocol import wire
 from onehop.protocol.inbox import Request
-from onehop.serving import SIGN_INTERVAL, Incoming, Runner, arguments_of, expired, fitting, is_many
+from onehop.serving import SIGN_INTERVAL, Incoming, Runner, arguments_of, expired, fitting, many_of
 from onehop.transport.inbound import Queue
 from onehop.transport.loop import LoopEngine
 from onehop.transport.requests import serving
@@ -103,16 +103,15 @@ class Server:
 
     async def _answer(self, request: Request, running: _Running) -> wire.Frame | None:
         method = self._runner.methods[request.method]
-        content = payload.decode(request.body)
-        if is_many(request, content):
-            for each in content:
+        pair = payload.decode_arguments(request.body)
+        if pair is None:
+            for each in many_of(request):
                 try:
                     await method.invoke(*arguments_of(each))
                 except Exception as error:
                     self._runner.note_failed(request, error)
             return None
-        arguments, keywords = arguments_of(content)
-        result = method.invoke(arguments, keywords)
+        result = method.invoke(*pair)
         if not request.flags & wire.STREAM:
             value = [item async for item in result] if hasattr(result, "__anext__") else await result
             return wire.answer(wire.REPLY, 0, request.id, fitting(value, self._node.settings), len(self._queue))

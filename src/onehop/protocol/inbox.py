@@ -40,32 +40,32 @@ UNKNOWN = "unknown"
 class Window:
     """Which request numbers of one sender have come.
 
-    Numbers grow; over several threads they may come a little out of order. So what is kept is the highest number
+    Numbers grow; over several threads they may come a little out of order. So what is kept is the number to come
     and the ones missing below it: nothing at all for a sender in order.
 
     Args:
         reach: how far below the highest a number may still be new.
         first: the lowest number to come.
+
+    Attributes:
+        next: the number that comes if nothing is missing or late.
     """
 
-    __slots__ = ("_first", "_highest", "_missing", "_reach", "seen")
+    __slots__ = ("_first", "_missing", "_reach", "next", "seen")
 
     def __init__(self, reach: int, first: int = 1) -> None:
         self._first = first
-        self._highest = first - 1
+        self.next = first
         self._missing: set[int] = set()
         self._reach = reach
         self.seen = 0.0
 
     def take(self, number: int) -> str:
         """Take ``number`` in; NEW at most once for each."""
-        if number == self._highest + 1:
-            self._highest = number
-            return NEW
-        floor = max(self._first, max(number, self._highest) - self._reach)
-        if number > self._highest:
-            self._missing.update(range(max(self._highest + 1, floor), number))
-            self._highest = number
+        floor = max(self._first, max(number, self.next - 1) - self._reach)
+        if number >= self.next:
+            self._missing.update(range(max(self.next, floor), number))
+            self.next = number + 1
             if len(self._missing) > 2 * self._reach:
                 self._missing = {each for each in self._missing if each >= floor}
             return NEW
@@ -115,6 +115,8 @@ class Request:
     """
 
     # Defaults that most requests never change stand in the class: one is made for every request.
+    flags = 0
+    monitor: float | None = None
     granted = 0
     queued = False
     cancelled = False
@@ -126,24 +128,20 @@ class Request:
         identity: bytes,
         sender: Sender,
         kind: int,
-        flags: int,
         id: int,
         names: tuple[str, str, str],
         body: Body,
         deadline: float | None,
-        monitor: float | None,
         size: int,
         target: Any,
     ) -> None:
         self.identity = identity
         self.sender = sender
         self.kind = kind
-        self.flags = flags
         self.id = id
         self.names = names
         self.body = body
         self.deadline = deadline
-        self.monitor = monitor
         self.size = size
         self.target = target
 
@@ -242,7 +240,8 @@ class Inbox:
         raises for what a peer sent.
         """
         acks: Acks = {}
-        unpack, header_size, direct = wire.HEADER.unpack_from, wire.HEADER_SIZE, self._direct
+        unpack, header_size, request_kind = wire.HEADER.unpack_from, wire.HEADER_SIZE, wire.REQUEST
+        senders, taken, direct = self.senders, self.taken, self._direct
         done = 0
         try:
             for identity, frame, body in messages:
@@ -252,29 +251,28 @@ class Inbox:
                 except wire.TOO_SHORT:
                     self.counts["bad frames"] += 1
                     continue
-                start, size = header_size + extent, len(frame)
-                sender = self.senders.get(identity)
+                start = header_size + extent
+                sender = senders.get(identity)
                 known = direct.get(frame[header_size:start])
-                # The express lane: a plain request from a known sender to a known address, with room for it.
-                # Everything else takes the long way, which looks at one thing after the other.
+                taken_bytes = self.taken_bytes + len(frame)
+                # The express lane: a plain request, the next in order, from a known sender to a known address, with
+                # room for it. Everything else takes the long way, which looks at one thing after the other.
                 if (
-                    known is None or sender is None or flags or body is not None or not remaining or size < start
-                    or (kind != wire.REQUEST and kind != wire.CAST)
-                    or len(self.taken) >= self.messages or self.taken_bytes + size > self.size
+                    known is None or sender is None or flags or body is not None or not remaining or len(frame) < start
+                    or (kind != request_kind and kind != wire.CAST) or id != sender.window.next
+                    or len(taken) >= self.messages or taken_bytes > self.size
                 ):  # fmt: skip
                     self._receive(identity, frame, body, now, moved, acks)
                     continue
                 sender.heard = now
-                if (news := sender.window.take(id)) is not NEW:
-                    self._duplicate(identity, sender, kind, id, news)
-                    continue
+                sender.window.next = id + 1
                 names, target = known
                 deadline = None if remaining == wire.NO_DEADLINE else now + remaining / 1000
-                request = Request(identity, sender, kind, 0, id, names, frame[start:], deadline, None, size, target)
-                self.taken[request] = None
-                self.taken_bytes += size
+                request = Request(identity, sender, kind, id, names, frame[start:], deadline, len(frame), target)
+                taken[request] = None
+                self.taken_bytes = taken_bytes
                 moved.append(request)
-                if kind == wire.REQUEST:
+                if kind == request_kind:
                     sender.calls[id] = request
                 elif identity in acks:
                     acks[identity][1].append(id)
@@ -385,9 +383,8 @@ class Inbox:
                 targets.append(targets.pop(0))  # in turn
                 targets = targets[-1:]
             for target in targets:
-                request = Request(
-                    identity, sender, head.kind, head.flags, head.id, names, body, deadline, monitor, size, target
-                )
+                request = Request(identity, sender, head.kind, head.id, names, body, deadline, size, target)
+                request.flags, request.monitor = head.flags, monitor
                 self.taken[request] = None
                 self.taken_bytes += size
                 moved.append(request)
@@ -430,13 +427,12 @@ class Inbox:
 
     def finish(self, request: Request) -> bool:
         """``request`` has been dealt with: its room is free. False when that was said before."""
-        if self.taken.pop(request, request) is request:
+        if self.taken.pop(request, request) is not None:
             return False
         self.taken_bytes -= request.size
-        if request.kind == wire.REQUEST:
-            request.sender.calls.pop(request.id, None)
-            if request.monitor is not None:
-                self._beats.pop(request, None)
+        request.sender.calls.pop(request.id, None)
+        if request.monitor is not None:
+            self._beats.pop(request, None)
         return True
 
     def gone(self, identity: bytes) -> list[Request]:

@@ -229,9 +229,11 @@ def address(frame: bytes, head: Header) -> tuple[float | None, bytes, int]:
 
 def answer(kind: int, flags: int, id: int, body: Body, load: int = 0, number: int = 0) -> Frame:
     """A REPLY, ITEM or PROGRESS (wire 3.5 to 3.7); ``load`` is how many requests wait at the server."""
+    if load > 0xFFFF:
+        load = 0xFFFF
     if len(body) < SECOND_FRAME_FROM:
-        return HEADER.pack(kind, flags, min(load, 0xFFFF), number, id) + body
-    return HEADER.pack(kind, flags | BODY_FOLLOWS, min(load, 0xFFFF), number, id), body
+        return HEADER.pack(kind, flags, load, number, id) + body
+    return HEADER.pack(kind, flags | BODY_FOLLOWS, load, number, id), body
 
 
 def ack(ids: list[int], load: int = 0) -> bytes:
