@@ -82,7 +82,14 @@ class CarrierArm:
 
     def sent(self, link: Any, frame: wire.Frame) -> bool:
         """Send, when there is room."""
-        return self.wait(lambda: link.send(frame), 5.0)
+        send = link.send if isinstance(frame, bytes) else lambda parts: link.send_large(*parts)
+        return self.wait(lambda: send(frame), 5.0)
+
+    def answered(self, inbound: Any, identity: bytes, frame: wire.Frame) -> bool:
+        """Send to one connection."""
+        if isinstance(frame, bytes):
+            return inbound.send(identity, frame)
+        return inbound.send_large(identity, *frame)
 
     def received(self, socket: Any, number: int, within: float = 5.0) -> list[Any]:
         """``number`` messages, or those that came in time; bodies as bytes."""

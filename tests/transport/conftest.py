@@ -14,7 +14,7 @@ from onehop.protocol.calls import Call, CallTable
 from onehop.protocol.inbox import Inbox, Message
 from onehop.protocol.wire import Body, Frame, Hello
 from onehop.transport.blocking import BlockingLink
-from onehop.transport.carrier import InboundSocket, LinkSocket, Unreachable
+from onehop.transport.carrier import InboundSocket, LinkSocket
 from onehop.transport.inbound import Inbound, Queue
 
 SERVER = b"server-node-0001"
@@ -92,6 +92,9 @@ class ScriptedLink(LinkSocket):
         self.sent.append(frame)
         return True
 
+    def send_large(self, head: bytes, body: Body) -> bool:
+        return self.send((head, body))
+
     def drain(self, limit: int, into: list[tuple[bytes, Body | None]]) -> bool:
         assert not self.closed
         self.limits.append(limit)
@@ -155,11 +158,14 @@ class ScriptedInbound(InboundSocket):
         if self.sends:
             self.sends.popleft()()
         if identity in self.gone:
-            raise Unreachable
+            raise ConnectionResetError
         if identity in self.full:
             return False
         self.sent.append((identity, frame))
         return True
+
+    def send_large(self, identity: bytes, head: bytes, body: Body) -> bool:
+        return self.send(identity, (head, body))
 
     def drain(self, limit: int, into: list[Message]) -> bool:
         assert not self.closed

@@ -12,7 +12,7 @@ from tests.transport.conftest import InboundBench
 
 from onehop.protocol import wire
 from onehop.protocol.inbox import Request
-from onehop.transport.inbound import BATCH, TOGETHER, Queue
+from onehop.transport.inbound import BATCH, CALM, TOGETHER, Queue
 
 SOON = 2.0
 FAR = 30.0
@@ -451,6 +451,89 @@ def test_inline_method_runs_where_it_is_received_and_does_not_nest(inbound_bench
     take_in(bench, "clock")
     bench.inbound.look(time.monotonic())
     assert (ran, deepest) == (300, 1)
+
+
+# A leader that keeps the lock while it waits ------------------------------------------------------
+
+
+@pytest.fixture
+def calm(inbound_bench: InboundBench, eventually) -> InboundBench:
+    """An inbound socket whose receiver has run one inline request after the other, and waits for the next."""
+    bench = inbound_bench
+
+    def run(request: Request) -> None:
+        bench.inbound.put(request, answer_of(request))
+
+    bench.offer("clock", Queue(run, 0, ["read"], frozenset(["read"])))
+    bench.inbound.start_receiver()
+    grow_calm(bench, eventually)
+    return bench
+
+
+def grow_calm(bench: InboundBench, eventually) -> None:
+    for _ in range(2 * CALM):
+        answered = len(bench.socket.sent)
+        take_in(bench, "clock")
+        eventually(lambda answered=answered: len(bench.socket.sent) > answered)
+    eventually(lambda: bench.inbound._alone)
+
+
+def serves(bench: InboundBench, eventually) -> bool:
+    answered = len(bench.socket.sent)
+    take_in(bench, "clock")
+    eventually(lambda: len(bench.socket.sent) > answered)
+    return True
+
+
+def test_answer_of_another_thread_leaves_while_the_leader_waits_with_the_lock(calm: InboundBench, eventually) -> None:
+    other = calm.offer("alarm")
+    take_in(calm, "alarm")
+    request = calm.inbound.take(other, far())
+    assert request is not None
+    grow_calm(calm, eventually)
+    assert calm.inbound._lock.locked()
+    calm.inbound.answer(request, answer_of(request))
+    eventually(lambda: calm.socket.sent[-1][1] == answer_of(request))
+    assert serves(calm, eventually)
+
+
+def test_change_is_made_while_the_leader_waits_with_the_lock(calm: InboundBench, background, eventually) -> None:
+    for _ in range(3):
+        changing = background(calm.inbound.change, lambda inbox: inbox.outgoing.append((b"\0conn", b"news")))
+        changing.result(SOON)
+        assert calm.socket.sent[-1][1] == b"news"
+        grow_calm(calm, eventually)
+
+
+def test_change_is_made_while_requests_come_without_a_pause(calm: InboundBench, background, eventually) -> None:
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            take_in(calm, "clock")
+
+    asking = background(ask)
+    try:
+        for _ in range(20):
+            background(calm.inbound.change, lambda inbox: None).result(SOON)
+    finally:
+        over.set()
+        asking.result(SOON)
+
+
+def test_socket_closes_while_the_leader_waits_with_the_lock(calm: InboundBench) -> None:
+    assert calm.inbound.close(0.0)
+    assert calm.socket.closed
+
+
+def test_request_for_a_worker_ends_the_calm(calm: InboundBench, eventually) -> None:
+    done: list[Request] = []
+    calm.offer("alarm", Queue(done.append, 1, ["read"]))
+    grow_calm(calm, eventually)
+    take_in(calm, "alarm")
+    eventually(lambda: done)
+    assert not calm.inbound._alone
+    assert serves(calm, eventually)
 
 
 def test_exception_in_the_lock_releases_it(inbound_bench: InboundBench) -> None:

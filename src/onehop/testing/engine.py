@@ -45,7 +45,6 @@ from onehop.testing.invariants import (
     Trace,
 )
 from onehop.testing.network import Link, Network, VirtualRegistry
-from onehop.transport.carrier import Unreachable
 
 HANDSHAKE = 5.0
 TICK = 0.1
@@ -587,7 +586,7 @@ class VirtualEngine:
     def _send_one(self, identity: bytes, frame: wire.Frame) -> None:
         try:
             self.inbound.send(identity, frame)
-        except Unreachable:
+        except ConnectionResetError:
             self.protocol.inbox.gone(identity)
 
     def _send_outgoing(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from onehop.errors import SettingsError
 from onehop.interfaces import Deliver, Record
 from onehop.protocol.wire import Body, Frame
-from onehop.transport.carrier import InboundSocket, LinkSocket, Unreachable
+from onehop.transport.carrier import InboundSocket, LinkSocket
 
 HIGH_WATER = 8_192
 LARGEST = 64 * 1024 * 1024
@@ -86,7 +86,13 @@ class _MemoryLink(LinkSocket):
         self.fd = connection.client_edge.fd
         self.monitor_fd = connection.monitor_edge.fd
 
-    def send(self, frame: Frame) -> bool:
+    def send(self, frame: bytes) -> bool:
+        return self._hand_over(frame)
+
+    def send_large(self, head: bytes, body: Body) -> bool:
+        return self._hand_over((head, body))
+
+    def _hand_over(self, frame: Frame) -> bool:
         connection, message = self._connection, _copied(frame)
         with connection.lock:
             inbound = connection.inbound
@@ -133,12 +139,18 @@ class _MemoryInbound(InboundSocket):
         self._network = network
         self._lock = lock
 
-    def send(self, identity: bytes, frame: Frame) -> bool:
+    def send(self, identity: bytes, frame: bytes) -> bool:
+        return self._hand_over(identity, frame)
+
+    def send_large(self, identity: bytes, head: bytes, body: Body) -> bool:
+        return self._hand_over(identity, (head, body))
+
+    def _hand_over(self, identity: bytes, frame: Frame) -> bool:
         message = _copied(frame)
         with self._lock:
             connection = self.connections.get(identity)
             if connection is None:
-                raise Unreachable
+                raise ConnectionResetError
             if len(connection.to_client) >= HIGH_WATER:
                 return False
             connection.to_client.append(message)

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 from onehop.interfaces import Record
 from onehop.protocol.wire import Body, Frame
 from onehop.testing.clock import Clock
-from onehop.transport.carrier import Unreachable
 
 HEARTBEAT_EVERY = 2.0
 HEARTBEAT_TIMEOUT = 4.5
@@ -164,6 +163,10 @@ class Link:
         lane.push(_whole(frame))
         return True
 
+    def send_large(self, head: bytes, body: Body) -> bool:
+        """:meth:`send` of a message whose body rides as a second frame."""
+        return self.send((head, body))
+
     def drain(self, limit: int, into: list[tuple[bytes, Body | None]]) -> bool:
         """Append the messages that are there, at most ``limit``; False when it ran dry."""
         arrived = self._arrived
@@ -305,13 +308,17 @@ class Inbound:
         """Hand ``frame`` over to one connection; False when it has no room.
 
         Raises:
-            Unreachable: the connection has ended, as far as is known here.
+            ConnectionResetError: the connection has ended, as far as is known here.
         """
         link = self.connections.get(identity)
         if link is None:
-            raise Unreachable
+            raise ConnectionResetError
         self._network.count(self.site)
         return link.answer(frame)
+
+    def send_large(self, identity: bytes, head: bytes, body: Body) -> bool:
+        """:meth:`send` of a message whose body rides as a second frame."""
+        return self.send(identity, (head, body))
 
     def drain(self, limit: int, into: list[tuple[bytes, bytes, Body | None]]) -> bool:
         """Append the messages that are there, at most ``limit``; False when it ran dry."""

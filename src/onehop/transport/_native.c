@@ -85,6 +85,10 @@ static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *path)
 
 static int fail(int number)
 {
+    if (number == EHOSTUNREACH) {
+        PyErr_SetString(PyExc_ConnectionResetError, "the connection has ended");
+        return -1;
+    }
     PyObject *arguments = Py_BuildValue("is", number, zmq_strerror(number)); /* libzmq has numbers of its own */
     if (arguments != NULL) {
         PyErr_SetObject(PyExc_OSError, arguments);
@@ -364,6 +368,26 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *given, P
 
 /* One message is read at most: who is alone waits for one. The look before the wait is needed, since the descriptor is
  * an edge that the sending may have eaten. */
+static int receive_one(void *socket, int fd, int wake, int left, PyObject *into, int wide)
+{
+    int arrived = receive_into(socket, 1, into, wide);
+    if (arrived != 0)
+        return arrived;
+    if (sleep_until(fd, wake, left) < 0)
+        return -1;
+    return receive_into(socket, 1, into, wide);
+}
+
+static PyObject *receive_from(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
+{
+    void *socket;
+    int fd, wake, left;
+    if (expect("receive_from", 5, count) < 0 || to_socket(given[0], &socket) < 0 || to_int(given[1], &fd) < 0 ||
+        to_int(given[2], &wake) < 0 || to_int(given[3], &left) < 0 || expect_list("receive_from", given[4]) < 0)
+        return NULL;
+    return receive_one(socket, fd, wake, left, given[4], 3) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
 static PyObject *exchange(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
 {
     void *socket;
@@ -376,13 +400,7 @@ static PyObject *exchange(PyObject *Py_UNUSED(module), PyObject *const *given, P
     int taken = hand_over(&frame, socket, 0);
     if (taken <= 0)
         return taken < 0 ? NULL : PyBool_FromLong(0);
-    int arrived = receive_into(socket, 1, given[5], 2);
-    if (arrived == 0) {
-        if (sleep_until(fd, wake, left) < 0)
-            return NULL;
-        arrived = receive_into(socket, 1, given[5], 2);
-    }
-    return arrived < 0 ? NULL : PyBool_FromLong(1);
+    return receive_one(socket, fd, wake, left, given[5], 2) < 0 ? NULL : PyBool_FromLong(1);
 }
 
 /* The module ------------------------------------------------------------------------------------- */
@@ -397,6 +415,7 @@ static PyMethodDef methods[] = {
     METHOD("drain", drain, "socket, limit, into"),
     METHOD("drain_from", drain_from, "socket, limit, into"),
     METHOD("wait", wait_for, "fd, wake, milliseconds"),
+    METHOD("receive_from", receive_from, "socket, fd, wake, milliseconds, into"),
     METHOD("exchange", exchange, "socket, frame, fd, wake, milliseconds, into"),
     {NULL, NULL, 0, NULL},
 };

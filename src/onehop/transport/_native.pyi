@@ -2,7 +2,7 @@
 #
 # A socket is its address (`Socket.underlying` of pyzmq). Whoever passes one keeps it open and to one thread while the
 # call lasts. Nothing here waits for ZeroMQ, and only a wait releases the GIL. What libzmq refuses is an OSError with
-# its number and its words: ENOTSOCK for a socket that was closed, EHOSTUNREACH for a connection that ended.
+# its number and its words, as ENOTSOCK for a socket that was closed.
 
 from onehop.protocol.wire import Body
 
@@ -13,7 +13,7 @@ def bind(path: str, /) -> None: ...
 # Hand over a message of one frame; False when there is no room (or no connection) at the moment.
 def send(socket: int, frame: bytes, /) -> bool: ...
 
-# The same from a ROUTER to one of its connections.
+# The same from a ROUTER to one of its connections. ConnectionResetError: it has ended.
 def send_to(socket: int, identity: bytes, frame: bytes, /) -> bool: ...
 
 # Append what has arrived, at most `limit` messages, as (frame, large body or None). The body is read-only and not a
@@ -28,6 +28,12 @@ def drain_from(socket: int, limit: int, into: list[tuple[bytes, bytes, Body | No
 # 1, for `fd`, and 2, for the eventfd `wake`, which is read. A descriptor of -1 is not looked at. Signal handlers run;
 # the wait then goes on for the rest of its time, unless one raised.
 def wait(fd: int, wake: int, milliseconds: int, /) -> int: ...
+
+# Wait once for a message to a ROUTER and append it to `into`, if one came. The arguments are those of `wait` and of
+# `drain`.
+def receive_from(
+    socket: int, fd: int, wake: int, milliseconds: int, into: list[tuple[bytes, bytes, Body | None]], /
+) -> None: ...
 
 # Send from a DEALER, then wait once for a message and append it to `into`, if one came. Returns whether the frame was
 # taken; where there was no room for it nothing else was done. The arguments are those of `send`, `wait` and `drain`.

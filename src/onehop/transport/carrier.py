@@ -9,12 +9,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from onehop.protocol.inbox import Message
-from onehop.protocol.wire import Body, Frame
+from onehop.protocol.wire import Body
 from onehop.transport.waiting import Wake
-
-
-class Unreachable(Exception):
-    """The connection an answer should go to has ended."""
 
 
 class LinkSocket(Protocol):
@@ -26,8 +22,11 @@ class LinkSocket(Protocol):
     monitor_fd: int
     """Becomes readable when :meth:`ended` may have news; an edge too."""
 
-    def send(self, frame: Frame) -> bool:
+    def send(self, frame: bytes) -> bool:
         """Hand ``frame`` over; False when there is no room (or no connection) at the moment."""
+
+    def send_large(self, head: bytes, body: Body) -> bool:
+        """:meth:`send` of a message whose body rides as a second frame, which is not copied."""
 
     def drain(self, limit: int, into: list[tuple[bytes, Body | None]]) -> bool:
         """Append the messages that are there, as (frame, large body or None), at most ``limit``. Never waits.
@@ -66,12 +65,15 @@ class InboundSocket(Protocol):
     fd: int
     endpoints: tuple[str, ...]
 
-    def send(self, identity: bytes, frame: Frame) -> bool:
+    def send(self, identity: bytes, frame: bytes) -> bool:
         """Hand ``frame`` over to one connection; False when it has no room.
 
         Raises:
-            Unreachable: the connection has ended.
+            ConnectionResetError: the connection has ended.
         """
+
+    def send_large(self, identity: bytes, head: bytes, body: Body) -> bool:
+        """:meth:`send` of a message whose body rides as a second frame, which is not copied."""
 
     def drain(self, limit: int, into: list[Message]) -> bool:
         """Append the messages that are there, as (identity, frame, large body or None), at most ``limit``.
@@ -79,6 +81,17 @@ class InboundSocket(Protocol):
         Returns:
             False when it ran dry: nothing is left. True when the limit came first.
         """
+
+    def receive(self, wake: Wake, milliseconds: int, into: list[Message]) -> None:
+        """Wait once for a message, and append it if one came.
+
+        Args:
+            wake: made beside this socket's descriptor; ends the wait too.
+            milliseconds: to wait at most.
+        """
+        if not self.drain(1, into) and not into:
+            wake.wait(milliseconds / 1000)
+            self.drain(1, into)
 
     def close(self, linger: float) -> None:
         """Give it back, letting what was handed over leave for up to ``linger`` seconds."""

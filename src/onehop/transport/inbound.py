@@ -17,8 +17,8 @@ from onehop.protocol import wire
 from onehop.protocol.inbox import Inbox, Message, Request
 from onehop.protocol.turns import successor
 from onehop.protocol.wire import Frame
-from onehop.transport.carrier import InboundSocket, Unreachable
-from onehop.transport.waiting import PATIENCE, Wake, acquire, new_lock, release, start_thread
+from onehop.transport.carrier import InboundSocket
+from onehop.transport.waiting import LONGEST_WAIT, PATIENCE, Wake, acquire, new_lock, release, start_thread
 
 BATCH = 64
 """Messages read in one hold of the lock."""
@@ -199,6 +199,7 @@ class Inbound:
         self._wake = Wake(socket.fd)
         self._inline: deque[Request] = deque()
         self._asleep = False
+        self._alone = False
         self._watched: dict[Queue, int] = {}
         self._watched_at = 0.0
         self.closing = False
@@ -222,8 +223,11 @@ class Inbound:
 
     def count_refused(self, reason: str) -> None:
         """Count a request that is answered as not run."""
-        with self._lock:
+        self._hold()
+        try:
             self._inbox.refused[reason] += 1
+        finally:
+            self._lock.release()
 
     def refuse(self, request: Request, reason: str) -> None:
         """Answer that ``request`` did not run, and count it; a cast only gives its room back."""
@@ -232,12 +236,22 @@ class Inbound:
 
     def change(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do ``action(inbox, *arguments)`` under its lock, and send what it wants sent."""
-        with self._lock:
+        self._hold()
+        try:
             action(self._inbox, *arguments)
             if not self._closed and self._inbox.outgoing:
                 self._send_outgoing([])
                 self._wake.set()  # a send may eat the edge
+        finally:
+            self._lock.release()
         self.turn()
+
+    def _hold(self) -> None:
+        """Take ``_lock``, from a leader that keeps it while it waits too."""
+        if not self._lock.acquire(False):
+            self._calm = 0  # not to take it again before us
+            self._wake.set()
+            self._lock.acquire()
 
     def turn(self, queue: Queue | None = None) -> None:
         """Send and receive for everybody, unless somebody who will look again has the socket.
@@ -245,13 +259,17 @@ class Inbound:
         Args:
             queue: the caller takes the next request of this one itself: nobody else has to be woken for it.
         """
-        while self._out and self._lock.acquire(False):
+        while self._out:
+            if not self._lock.acquire(False):
+                if self._alone:
+                    self._wake.set()
+                return
             if self._pump(queue) and self._asleep:
                 self._wake.set()
 
     def _send(self, moved: list[Request]) -> None:
         """Send what is queued, under ``_lock``."""
-        out, finish, send = self._out, self._inbox.finish, self.socket.send
+        out, finish = self._out, self._inbox.finish
         while out:
             request, frame, last = out.popleft()
             if last and not finish(request):
@@ -259,37 +277,37 @@ class Inbound:
             if self._closed:
                 self.counts["answers after close"] += 1
             elif frame is not None:
-                try:
-                    if not send(request.identity, frame):
-                        # Far above what a caller within its window can be owed: it does not read. Waiting for it
-                        # would hold up everybody else.
-                        self.counts["answers to a peer that does not read"] += 1
-                except Unreachable:
-                    self._gone(request.identity, moved)
+                self._send_to(request.identity, frame, moved)
 
-    def _gone(self, identity: bytes, moved: list[Request]) -> None:
-        self.counts["answers to a peer that is gone"] += 1
-        moved.extend(self._inbox.gone(identity))
+    def _send_to(self, identity: bytes, frame: Frame, moved: list[Request]) -> None:
+        try:
+            socket = self.socket
+            if not (
+                socket.send(identity, frame) if type(frame) is bytes else socket.send_large(identity, *frame)
+            ):  # fmt: skip
+                # Far above what a caller within its window can be owed: it does not read. Waiting for it would hold up
+                # everybody else.
+                self.counts["answers to a peer that does not read"] += 1
+        except ConnectionResetError:
+            self.counts["answers to a peer that is gone"] += 1
+            moved.extend(self._inbox.gone(identity))
 
     def _send_outgoing(self, moved: list[Request]) -> None:
         inbox = self._inbox
         while inbox.outgoing:
             waiting, inbox.outgoing = inbox.outgoing, []
             for identity, frame in waiting:
-                try:
-                    if not self.socket.send(identity, frame):
-                        self.counts["answers to a peer that does not read"] += 1
-                except Unreachable:
-                    self._gone(identity, moved)
+                self._send_to(identity, frame, moved)
 
     # In one hold of the lock ----------------------------------------------------------------------
 
-    def _pump(self, queue: Queue | None = None, leading: bool = False) -> bool:
+    def _pump(self, queue: Queue | None = None, leading: bool = False, alone: bool = False) -> bool:
         """Send and receive in one hold of ``_lock``, which the caller took; then hand over what came.
 
         Args:
             queue: the caller looks at this one next.
             leading: whether the leader asks, who then calls :meth:`_run_inline`.
+            alone: whether it may wait for a message too, and keep the lock meanwhile.
 
         Returns:
             Whether more may be there to receive.
@@ -305,7 +323,19 @@ class Inbound:
                 # While inline requests come one by one, a second look behind each would find nothing, and cost as much;
                 # the sending of the answer is followed by one.
                 incoming, inbox = self._incoming, self._inbox
-                more = self.socket.drain(1 if self._calm > CALM else BATCH, incoming)
+                if self._calm <= CALM:
+                    more = self.socket.drain(BATCH, incoming)
+                elif not alone:
+                    more = self.socket.drain(1, incoming)
+                else:
+                    # Nor does anybody want the lock: the answer is sent and the next request read in one hold. Whoever
+                    # comes finds it taken, then sees _alone and ends the wait; or has queued before we look at _out.
+                    self._alone = more = True
+                    self._found = False
+                    if not self._out:
+                        self.socket.receive(self._wake, int(LONGEST_WAIT) * 1000, incoming)
+                        if not incoming:
+                            self._calm = 0
                 if incoming:
                     self._calm = 0 if self._found or len(incoming) > 1 else self._calm + 1
                     self._found = True
@@ -317,6 +347,7 @@ class Inbound:
                     self._found = False
         finally:  # an interrupt (Ctrl-C) must not keep from others what was taken in for them
             self._more = more
+            self._alone = False
             if self._incoming:
                 self._more = True
                 self._wake.set()
@@ -443,7 +474,7 @@ class Inbound:
         try:
             while not self.closing:
                 self._lock.acquire()
-                self._pump(queue, leading=True)
+                self._pump(queue, leading=True, alone=queue is None and until == FOREVER and not self._watched)
                 if self._inline:
                     self._run_inline()
                 if self._out:

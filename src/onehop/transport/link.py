@@ -132,7 +132,8 @@ class Link(ABC):
 
     def _send(self) -> bool:
         """Send what is queued, under ``_lock``; False when there was no room for all."""
-        out, send = self._out, self.socket.send
+        out, socket = self._out, self.socket
+        send = socket.send
         while out:
             try:
                 entry = out.popleft()
@@ -146,7 +147,7 @@ class Link(ABC):
                 if call.given_up:
                     call.sent = False
                     continue
-            if not send(frame):
+            if not (send(frame) if type(frame) is bytes else socket.send_large(*frame)):
                 if call is not None:
                     call.sent = False
                 out.appendleft(entry)
