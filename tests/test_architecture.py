@@ -57,8 +57,9 @@ LINES_OF_A_FILE = 700
 # The aim was 2,500 for the blocking engine. What went beyond it are promises that turned out to need more: the outbox
 # for absent receivers, the final goodbye of a drain, the forked child that touches nothing, the fan-out that passes
 # silent peers by, and the ways in which a machine or a registry may refuse. Waiting in an asyncio loop came on top, and
-# the housekeeping for a thousand links, the few workers of quick methods, and the express lane of the inbox.
-CODE_LINES_OF_THE_CORE = 3_750
+# the housekeeping for a thousand links, the few workers of quick methods, the receiver that runs a lone request itself,
+# and the express lane of the inbox.
+CODE_LINES_OF_THE_CORE = 3_900
 CORE = ("protocol", "transport", "oslo")
 
 

@@ -12,7 +12,7 @@ from onehop.errors import EncodeError, TooLarge
 from onehop.protocol import wire
 from onehop.protocol.inbox import Request
 from onehop.settings import Settings
-from onehop.transport.inbound import Queue
+from onehop.transport.queue import Queue
 from onehop.transport.requests import serving
 from onehop.transport.waiting import acquire, new_lock
 

@@ -15,7 +15,8 @@ from onehop.protocol.inbox import Inbox, Message
 from onehop.protocol.wire import Body, Frame, Hello
 from onehop.transport.blocking import BlockingLink
 from onehop.transport.carrier import InboundSocket, LinkSocket
-from onehop.transport.inbound import Inbound, Queue
+from onehop.transport.inbound import Inbound
+from onehop.transport.queue import Queue
 
 SERVER = b"server-node-0001"
 CALLER = b"caller-node-0001"

@@ -12,7 +12,8 @@ from tests.transport.conftest import InboundBench
 
 from onehop.protocol import wire
 from onehop.protocol.inbox import Request
-from onehop.transport.inbound import BATCH, CALM, TOGETHER, Queue
+from onehop.transport.inbound import BATCH, HELD_UP
+from onehop.transport.queue import LENT, TOGETHER, Queue
 
 SOON = 2.0
 FAR = 30.0
@@ -453,6 +454,162 @@ def test_inline_method_runs_where_it_is_received_and_does_not_nest(inbound_bench
     assert (ran, deepest) == (300, 1)
 
 
+# A receiver that runs a lone request in the place of a worker --------------------------------------
+
+
+class Lending:
+    """A queue whose method the receiver has come to run itself.
+
+    Attributes:
+        ran: the name of the thread of each run.
+        together: how many ran at one time, at most.
+        within: called in each run.
+    """
+
+    def __init__(self, bench: InboundBench, workers: int, eventually) -> None:
+        self.bench, self.eventually = bench, eventually
+        self.ran: list[str] = []
+        self.running = self.together = 0
+        self.within: Callable[[], object] = lambda: None
+        self.queue = bench.offer("clock", Queue(self.run, workers, {"read", "other"}))
+        bench.inbound.start_receiver()
+
+    def run(self, request: Request) -> None:
+        self.running += 1
+        self.together = max(self.together, self.running)
+        self.ran.append(threading.current_thread().name)
+        self.within()
+        self.running -= 1
+        self.bench.inbound.answer(request, answer_of(request))
+
+    def ask(self, method: str = "read") -> None:
+        self.bench.arrive(self.bench.request("clock", method))
+        self.bench.socket.signal()
+
+    def serve(self, method: str = "read") -> str:
+        """The name of the thread that ran a request that came alone."""
+        ran, answered = len(self.ran), len(self.bench.socket.sent)
+        self.ask(method)
+        self.eventually(lambda: len(self.bench.socket.sent) > answered)
+        return self.ran[ran]
+
+    def until_lent(self, method: str = "read") -> None:
+        self.eventually(lambda: self.serve(method) == "onehop-receiver")
+
+
+@pytest.fixture
+def make_lending(inbound_bench: InboundBench, eventually) -> Callable[[int], Lending]:
+    def make(workers: int) -> Lending:
+        lending = Lending(inbound_bench, workers, eventually)
+        lending.until_lent()
+        return lending
+
+    return make
+
+
+@pytest.fixture
+def lending(make_lending: Callable[[int], Lending]) -> Lending:
+    return make_lending(8)
+
+
+def test_request_that_comes_after_a_while_is_left_to_a_worker(lending: Lending, eventually) -> None:
+    for _ in range(3):
+        since = time.monotonic()
+        eventually(lambda since=since: time.monotonic() - since > 2 * HELD_UP)
+        assert lending.serve() == "onehop-worker"
+
+
+def test_method_that_takes_its_time_is_left_to_the_workers(lending: Lending) -> None:
+    lending.within = lambda: time.sleep(10 * LENT)
+    assert [lending.serve("other") for _ in range(50)] == ["onehop-worker"] * 50
+
+
+def test_receiver_that_is_held_up_is_stood_in_for_and_the_method_left_to_the_workers(lending: Lending) -> None:
+    bench = lending.bench
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        if threading.current_thread().name == "onehop-receiver":
+            held.set()
+            assert let_go.wait(FAR)
+
+    lending.within = hold_up
+
+    def asked() -> bool:
+        answered = len(bench.socket.sent)
+        lending.ask()
+        lending.eventually(lambda: held.is_set() or len(bench.socket.sent) > answered)
+        return held.is_set()
+
+    lending.eventually(asked)
+    alarm = bench.offer("alarm")
+    take_in(bench, "alarm")
+    request = bench.inbound.take(alarm, far())
+    assert request is not None, "nobody receives"
+    let_go.set()
+    lending.eventually(lambda: list(bench.inbox.taken) == [request])
+    assert {lending.serve() for _ in range(200)} == {"onehop-worker"}
+    lending.until_lent("other")
+
+
+def test_no_more_run_at_one_time_than_there_are_workers(make_lending: Callable[[int], Lending]) -> None:
+    lending = make_lending(1)
+    for number in range(500):
+        for _ in range(1 + number % 3):
+            lending.ask()
+        if number % 5:
+            answered = len(lending.bench.socket.sent)
+            lending.eventually(lambda answered=answered: len(lending.bench.socket.sent) > answered or not lending.queue)
+    lending.eventually(lambda: not lending.bench.inbox.taken)
+    assert lending.together == 1
+    assert "onehop-receiver" in lending.ran
+
+
+def test_request_that_came_while_the_only_place_was_lent_is_run(make_lending: Callable[[int], Lending]) -> None:
+    lending = make_lending(1)
+    bench = lending.bench
+    asked: list[str] = []
+
+    def ask() -> None:
+        if not asked:
+            asked.append("once")
+            lending.ask("other")
+            bench.inbound._lock.acquire()
+            bench.inbound._pump()  # as a thread that answers does
+            until = time.monotonic() + 0.05
+            while time.monotonic() < until:
+                assert lending.running == 1
+
+    lending.within = ask
+    ran = len(lending.ran)
+    lending.eventually(lambda: lending.serve() == "onehop-receiver" or bool(asked))
+    lending.eventually(lambda: not bench.inbox.taken)
+    assert len(lending.ran) >= ran + 2
+    assert lending.together == 1
+
+
+@pytest.mark.parametrize("what", ["stop", "close"])
+def test_queue_stops_and_socket_closes_from_within_a_lent_run(lending: Lending, eventually, what: str) -> None:
+    before = {thread for thread in threading.enumerate() if not thread.name.startswith("onehop")}
+    done: list[str] = []
+
+    def end() -> None:
+        if threading.current_thread().name == "onehop-receiver" and not done:
+            done.append(what)
+            lending.queue.stop()
+            if what == "close":
+                assert lending.bench.inbound.close(0.0)
+                done.append("closed")
+
+    lending.within = end
+    lending.eventually(lambda: bool(done) or lending.ask() or False)
+    if what == "stop":
+        assert lending.bench.inbound.close(0.0)
+    else:
+        eventually(lambda: done == ["close", "closed"])
+    eventually(lambda: set(threading.enumerate()) <= before)
+
+
 # A leader that keeps the lock while it waits ------------------------------------------------------
 
 
@@ -471,11 +628,7 @@ def calm(inbound_bench: InboundBench, eventually) -> InboundBench:
 
 
 def grow_calm(bench: InboundBench, eventually) -> None:
-    for _ in range(2 * CALM):
-        answered = len(bench.socket.sent)
-        take_in(bench, "clock")
-        eventually(lambda answered=answered: len(bench.socket.sent) > answered)
-    eventually(lambda: bench.inbound._alone)
+    eventually(lambda: serves(bench, eventually) and bench.inbound._alone)
 
 
 def serves(bench: InboundBench, eventually) -> bool:

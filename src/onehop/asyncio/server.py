@@ -15,8 +15,8 @@ from onehop.errors import EncodeError, SettingsError
 from onehop.protocol import wire
 from onehop.protocol.inbox import Request
 from onehop.serving import SIGN_INTERVAL, Incoming, Runner, arguments_of, expired, fitting, many_of
-from onehop.transport.inbound import Queue
 from onehop.transport.loop import LoopEngine
+from onehop.transport.queue import Queue
 from onehop.transport.requests import serving
 
 if TYPE_CHECKING:

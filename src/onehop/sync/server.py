@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from onehop.errors import SettingsError
 from onehop.serving import Incoming, Runner, expired
 from onehop.transport.blocking import BlockingEngine, run
-from onehop.transport.inbound import Queue
+from onehop.transport.queue import Queue
 
 if TYPE_CHECKING:
     from onehop.sync.node import Node

@@ -367,15 +367,15 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *given, P
 }
 
 /* One message is read at most: who is alone waits for one. The look before the wait is needed, since the descriptor is
- * an edge that the sending may have eaten. */
+ * an edge that the sending may have eaten. 1: it was waited for; 0: it was there already; -1: an error is set. */
 static int receive_one(void *socket, int fd, int wake, int left, PyObject *into, int wide)
 {
     int arrived = receive_into(socket, 1, into, wide);
     if (arrived != 0)
-        return arrived;
-    if (sleep_until(fd, wake, left) < 0)
+        return arrived < 0 ? -1 : 0;
+    if (sleep_until(fd, wake, left) < 0 || receive_into(socket, 1, into, wide) < 0)
         return -1;
-    return receive_into(socket, 1, into, wide);
+    return 1;
 }
 
 static PyObject *receive_from(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)
@@ -385,7 +385,8 @@ static PyObject *receive_from(PyObject *Py_UNUSED(module), PyObject *const *give
     if (expect("receive_from", 5, count) < 0 || to_socket(given[0], &socket) < 0 || to_int(given[1], &fd) < 0 ||
         to_int(given[2], &wake) < 0 || to_int(given[3], &left) < 0 || expect_list("receive_from", given[4]) < 0)
         return NULL;
-    return receive_one(socket, fd, wake, left, given[4], 3) < 0 ? NULL : Py_NewRef(Py_None);
+    int waited = receive_one(socket, fd, wake, left, given[4], 3);
+    return waited < 0 ? NULL : PyBool_FromLong(waited);
 }
 
 static PyObject *exchange(PyObject *Py_UNUSED(module), PyObject *const *given, Py_ssize_t count)

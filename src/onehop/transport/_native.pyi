@@ -29,11 +29,11 @@ def drain_from(socket: int, limit: int, into: list[tuple[bytes, bytes, Body | No
 # the wait then goes on for the rest of its time, unless one raised.
 def wait(fd: int, wake: int, milliseconds: int, /) -> int: ...
 
-# Wait once for a message to a ROUTER and append it to `into`, if one came. The arguments are those of `wait` and of
-# `drain`.
+# Wait once for a message to a ROUTER and append it to `into`, if one came. Returns False where one was there already.
+# The arguments are those of `wait` and of `drain`.
 def receive_from(
     socket: int, fd: int, wake: int, milliseconds: int, into: list[tuple[bytes, bytes, Body | None]], /
-) -> None: ...
+) -> bool: ...
 
 # Send from a DEALER, then wait once for a message and append it to `into`, if one came. Returns whether the frame was
 # taken; where there was no room for it nothing else was done. The arguments are those of `send`, `wait` and `drain`.

@@ -82,16 +82,21 @@ class InboundSocket(Protocol):
             False when it ran dry: nothing is left. True when the limit came first.
         """
 
-    def receive(self, wake: Wake, milliseconds: int, into: list[Message]) -> None:
+    def receive(self, wake: Wake, milliseconds: int, into: list[Message]) -> bool:
         """Wait once for a message, and append it if one came.
 
         Args:
             wake: made beside this socket's descriptor; ends the wait too.
             milliseconds: to wait at most.
+
+        Returns:
+            False where one was there already.
         """
-        if not self.drain(1, into) and not into:
-            wake.wait(milliseconds / 1000)
-            self.drain(1, into)
+        if self.drain(1, into) or into:
+            return False
+        wake.wait(milliseconds / 1000)
+        self.drain(1, into)
+        return True
 
     def close(self, linger: float) -> None:
         """Give it back, letting what was handed over leave for up to ``linger`` seconds."""

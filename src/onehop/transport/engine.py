@@ -24,8 +24,9 @@ from onehop.settings import Settings
 from onehop.statistics import Statistics, of_peer
 from onehop.transport.caller import Caller
 from onehop.transport.carrier import Carrier
-from onehop.transport.inbound import Inbound, Queue
+from onehop.transport.inbound import Inbound
 from onehop.transport.link import Link
+from onehop.transport.queue import Queue
 
 log = logging.getLogger("onehop")
 

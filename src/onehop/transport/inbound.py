@@ -9,7 +9,7 @@ asyncio node the loop does it; and where nobody is there, the housekeeping threa
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -18,156 +18,19 @@ from onehop.protocol.inbox import Inbox, Message, Request
 from onehop.protocol.turns import successor
 from onehop.protocol.wire import Frame
 from onehop.transport.carrier import InboundSocket
+from onehop.transport.queue import FOREVER, TOGETHER, Queue
 from onehop.transport.waiting import LONGEST_WAIT, PATIENCE, Wake, acquire, new_lock, release, start_thread
 
 BATCH = 64
 """Messages read in one hold of the lock."""
 CALM = 100
-"""Single messages in a row after which no second one is expected behind each."""
-QUICK = 0.0003
-"""Seconds; a method that takes no longer on average is run by few threads, which stay awake."""
-TOGETHER = 16
-"""Answers of quick methods that a thread may keep back to send them together, while there is more to run."""
+"""Messages, each of them waited for, after which no second one is expected behind each."""
 RESTLESS = 0.001
 """Seconds after which the receiver looks whether requests that wait for a worker have moved."""
-FOREVER = float("inf")
-
-
-class Queue:
-    """Requests of one instance of a service that wait to be run.
-
-    Few threads do quick work: one worker is woken for a batch, and takes one request after the other. Who starts a
-    method that is not known to be quick, while others wait, wakes the next worker first; and the receiver wakes one
-    when nothing moved for a moment, since a quick method may take its time for once.
-
-    Args:
-        run: what a worker (or, for inline methods, the receiving thread) does with a request; its answer goes to
-            :meth:`Inbound.put`. None where the queue is polled.
-        workers: threads at most.
-        methods: that ``run`` knows; how long each takes is remembered.
-        inline: those of them that the receiving thread may run itself.
-
-    Attributes:
-        begun: requests that workers have begun.
-        inbound: where the requests come from, and the answers go.
-    """
-
-    inbound: Inbound
-
-    def __init__(
-        self,
-        run: Callable[[Request], None] | None = None,
-        workers: int = 0,
-        methods: Iterable[str] = (),
-        inline: frozenset[str] = frozenset(),
-    ) -> None:
-        self.tasks: deque[Request] = deque()
-        self.idle: list[Any] = []
-        self.stopped = False
-        self.run = run
-        self.inline = inline
-        self.begun = 0
-        self._workers = workers
-        self._started = 0
-        self._starting = new_lock()
-        self._seconds = dict.fromkeys(methods, FOREVER)
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def put(self, request: Request) -> bool:
-        """Add a request and wake one who waits for it; False where nobody did."""
-        self.tasks.append(request)
-        return self.wake_one()
-
-    def wake_one(self) -> bool:
-        """Wake one who waits for a request, or add a worker; False where neither can be.
-
-        Raises:
-            RuntimeError: there is no worker yet, and the machine gives no thread for one.
-        """
-        try:
-            release(self.idle.pop())
-            return True
-        except IndexError:
-            if self._started >= self._workers:
-                return False
-        with self._starting:
-            if self._started < self._workers:
-                try:
-                    start_thread("onehop-worker", self._work)
-                    self._started += 1
-                    return True
-                except RuntimeError:  # the machine gives no more threads: those there are will do it
-                    if self._started == 0:
-                        raise
-        return False
-
-    def stop(self) -> None:
-        """Nothing more will come: workers end when the queue is empty, polls return."""
-        self.stopped = True
-        while self.idle:
-            try:
-                release(self.idle.pop())
-            except IndexError:
-                return
-
-    def wait(self, lock: Any, seconds: float) -> None:
-        """Sleep on ``lock`` (which the caller holds) until woken, unless there is something to do already."""
-        self.idle.append(lock)
-        if not self.tasks and not self.stopped:  # looked at after the lock can be found
-            acquire(lock, seconds)
-        try:
-            self.idle.remove(lock)
-        except ValueError:
-            acquire(lock, 0)  # it was taken out to wake us: take the wake-up too
-
-    def _sleep(self, lock: Any) -> None:
-        """:meth:`wait` of a worker, whose lock is released only by who took it out of the list."""
-        self.idle.append(lock)
-        if self.tasks or self.stopped:
-            try:
-                self.idle.remove(lock)
-                return
-            except ValueError:
-                pass  # it was taken out to wake us: the wake-up comes
-        lock.acquire()
-
-    def _work(self) -> None:
-        run, tasks, seconds = self.run, self.tasks, self._seconds
-        assert run is not None
-        lock = new_lock()
-        lock.acquire()
-        kept = 0
-        while True:
-            try:
-                request = tasks.popleft()
-            except IndexError:
-                if kept:
-                    kept = 0
-                    self.inbound.turn(self)
-                elif self.stopped:
-                    return
-                else:
-                    self._sleep(lock)
-                continue
-            self.begun += 1
-            method = request.names[2]
-            mean = seconds.get(method, 0.0)  # of a method there is not: its refusal is quick
-            if mean > QUICK:
-                if kept:
-                    self.inbound.turn(self)
-                if tasks:
-                    self.wake_one()
-            began = monotonic()
-            run(request)
-            took = monotonic() - began
-            if method in seconds:
-                seconds[method] = took if mean == FOREVER else mean + (took - mean) / 8
-            kept += 1
-            if not tasks or kept >= TOGETHER or self.inbound.resting:
-                kept = 0
-                self.inbound.turn(self)
+HELD_UP = 0.01
+"""Seconds after which, or twice that, another thread receives in the place of one that a handler holds up."""
+GUARDED = 0.1
+"""Seconds for which the receiver is watched after such a run."""
 
 
 class Inbound:
@@ -202,6 +65,12 @@ class Inbound:
         self._alone = False
         self._watched: dict[Queue, int] = {}
         self._watched_at = 0.0
+        self._received_at = self._lone_at = 0.0
+        self._lent: tuple[Request, Any] | None = None
+        self._lent_runs: dict[float, Request] = {}
+        self._lent_at = 0.0
+        self._guard: Any = None
+        self._guard_rests = False
         self.closing = False
         self._closed = False
 
@@ -301,13 +170,14 @@ class Inbound:
 
     # In one hold of the lock ----------------------------------------------------------------------
 
-    def _pump(self, queue: Queue | None = None, leading: bool = False, alone: bool = False) -> bool:
+    def _pump(self, queue: Queue | None = None, leading: bool = False, own: bool = False) -> bool:
         """Send and receive in one hold of ``_lock``, which the caller took; then hand over what came.
 
         Args:
             queue: the caller looks at this one next.
             leading: whether the leader asks, who then calls :meth:`_run_inline`.
-            alone: whether it may wait for a message too, and keep the lock meanwhile.
+            own: whether that is a thread which does nothing else: it may wait for a message too, and keep the lock
+                meanwhile; and then calls :meth:`_run_lent`.
 
         Returns:
             Whether more may be there to receive.
@@ -320,31 +190,31 @@ class Inbound:
             if len(self._inline) >= BATCH:
                 more = True  # first run what is there: what is not read waits in the senders, whose windows bound it
             elif not self.closing:
-                # While inline requests come one by one, a second look behind each would find nothing, and cost as much;
-                # the sending of the answer is followed by one.
-                incoming, inbox = self._incoming, self._inbox
+                incoming, inbox, again = self._incoming, self._inbox, self._found
                 if self._calm <= CALM:
                     more = self.socket.drain(BATCH, incoming)
-                elif not alone:
+                elif not own:
+                    # While requests come one by one, a second look behind each would find nothing, and cost as much;
+                    # the sending of the answer is followed by one.
                     more = self.socket.drain(1, incoming)
                 else:
                     # Nor does anybody want the lock: the answer is sent and the next request read in one hold. Whoever
                     # comes finds it taken, then sees _alone and ends the wait; or has queued before we look at _out.
                     self._alone = more = True
-                    self._found = False
                     if not self._out:
-                        self.socket.receive(self._wake, int(LONGEST_WAIT) * 1000, incoming)
+                        again = not self.socket.receive(self._wake, int(LONGEST_WAIT) * 1000, incoming)
                         if not incoming:
                             self._calm = 0
+                self._found = bool(incoming)
                 if incoming:
-                    self._calm = 0 if self._found or len(incoming) > 1 else self._calm + 1
-                    self._found = True
-                    inbox.receive_all(incoming, monotonic(), moved)
+                    # A crowd's are there before they are waited for; a lone caller's are that, too, now and then.
+                    calm = 0 if len(incoming) > 1 else self._calm - 2 if again else self._calm + 1
+                    self._calm = min(max(calm, 0), 2 * CALM)
+                    self._received_at = now = monotonic()
+                    inbox.receive_all(incoming, now, moved)
                     if inbox.outgoing:
                         self._send_outgoing(moved)
                         more = True  # a send may eat the edge of what came meanwhile
-                else:
-                    self._found = False
         finally:  # an interrupt (Ctrl-C) must not keep from others what was taken in for them
             self._more = more
             self._alone = False
@@ -353,10 +223,10 @@ class Inbound:
                 self._wake.set()
             self._lock.release()
             if moved:
-                self._dispatch(moved, queue, leading)
+                self._dispatch(moved, queue, leading, own)
         return more
 
-    def _dispatch(self, moved: list[Request], mine: Queue | None, leading: bool) -> None:
+    def _dispatch(self, moved: list[Request], mine: Queue | None, leading: bool, own: bool) -> None:
         """Give each new request to its queue; wake whoever waits for news of one that runs."""
         filled: Queue | None = None
         for request in moved:
@@ -371,12 +241,22 @@ class Inbound:
             if request.names[2] in target.inline:
                 self._inline.append(request)
                 continue
+            if own and len(moved) == 1:
+                before, self._lone_at = self._lone_at, self._received_at
+                # Not in a crowd, which workers serve while the next are received; and not where requests are rare: the
+                # watch over the receiver would cost more than to wake a worker.
+                if (
+                    self._calm >= CALM and self._lone_at - before < HELD_UP
+                    and (place := target.lend(request.names[2])) is not None
+                ):  # fmt: skip
+                    self._lent = request, place
+                    continue
             target.tasks.append(request)
             if target is filled and target.run is not None:
                 self._watched.setdefault(target, -1)
                 continue  # one worker is woken for a batch
             filled = target
-            self._calm = 0
+            self._calm = min(self._calm, CALM)
             if target is mine:
                 mine = None  # the first is taken by who asks
             else:
@@ -410,12 +290,70 @@ class Inbound:
             self.has_receiver = True
             start_thread("onehop-receiver", self._receive_always)
 
-    def _receive_always(self) -> None:
-        self._lead.acquire()
+    def _receive_always(self, held_up: float | None = None) -> None:
+        """Receive for good.
+
+        Args:
+            held_up: where a handler holds up who received so far, when its run began. The lead passes to this thread
+                unless the run is over.
+        """
+        if held_up is None:
+            self._lead.acquire()
+        elif self._lent_runs.pop(held_up, None) is None:
+            return
+        leads = True
         try:
-            self._receive(None, FOREVER)
+            leads = self._receive(None, FOREVER)
         finally:
-            self._lead.release()
+            if leads:
+                self._lead.release()
+
+    def _run_lent(self) -> bool:
+        """Run the lone request of a quick method; False where it held up the receiver so long that another one leads.
+
+        Who takes the run out of ``_lent_runs`` has the lead.
+        """
+        assert self._lent is not None
+        (request, place), self._lent = self._lent, None
+        queue: Queue = request.target
+        self._lent_at = began = monotonic()
+        self._lent_runs[began] = request
+        if self._guard is None or self._guard_rests:
+            self._see_guarded()
+        queue.begun += 1
+        queue.run(request)  # type: ignore[misc]
+        leads = self._lent_runs.pop(began, None) is not None
+        queue.take_back(place, request.names[2], monotonic() - began, held_up=not leads)
+        if not leads:
+            self.turn()
+        return leads
+
+    def _see_guarded(self) -> None:
+        if self._guard is None:
+            self._guard = new_lock()
+            self._guard.acquire()
+            start_thread("onehop-guard", self._guard_receiver)
+        elif self._guard_rests:
+            self._guard_rests = False
+            release(self._guard)
+
+    def _guard_receiver(self) -> None:
+        """Have another thread receive where a handler holds up the one that does."""
+        runs, seen = self._lent_runs, None
+        while not self.closing or runs:
+            if monotonic() - self._lent_at > GUARDED and not runs:
+                self._guard_rests = True
+                if not runs and not self.closing:  # looked at after others can see that we rest
+                    self._guard.acquire()
+                self._guard_rests = False
+            acquire(self._guard, HELD_UP)
+            run = next(iter(list(runs)), None)
+            if run is not None and run == seen:
+                try:
+                    start_thread("onehop-receiver", self._receive_always, run)
+                except RuntimeError:  # the machine gives no more threads: in the next round, perhaps
+                    continue
+            seen = run
 
     def look(self, now: float) -> None:
         """Timers, and a look at the socket if nobody leads."""
@@ -468,24 +406,28 @@ class Inbound:
         """Let whoever leads look whether it still should."""
         self._wake.set()
 
-    def _receive(self, queue: Queue | None, until: float) -> None:
-        """Lead until ``queue`` has a request, ``until`` has come, or the socket closes."""
+    def _receive(self, queue: Queue | None, until: float) -> bool:
+        """Lead until ``queue`` has a request, ``until`` has come, or the socket closes; False where another leads."""
+        leads = True
         self._leading_for = queue
         try:
             while not self.closing:
                 self._lock.acquire()
-                self._pump(queue, leading=True, alone=queue is None and until == FOREVER and not self._watched)
+                self._pump(queue, leading=True, own=queue is None and until == FOREVER and not self._watched)
                 if self._inline:
                     self._run_inline()
+                if self._lent is not None and not self._run_lent():
+                    leads = False
+                    break
                 if self._out:
                     continue
                 if queue is not None and (queue.tasks or queue.stopped):
-                    return
+                    break
                 if self._more:
                     continue
                 now = monotonic()
                 if until <= now:
-                    return
+                    break
                 left = until - now
                 self._asleep = True
                 if self._watched:
@@ -499,8 +441,10 @@ class Inbound:
                     self._wake.wait(left)
                 self._asleep = self.resting = False
         finally:
-            self._leading_for = None
-            self._asleep = self.resting = False
+            if leads:
+                self._leading_for = None
+                self._asleep = self.resting = False
+        return leads
 
     def enter_loop(self) -> tuple[int, int]:
         """From now on an event loop leads, by :meth:`lead`. Returns the descriptors that call for it."""
@@ -564,6 +508,8 @@ class Inbound:
         """
         self.closing = True
         self._wake.set()
+        if self._guard is not None:
+            release(self._guard)
         if not acquire(self._lead, PATIENCE):
             return False  # an inline handler hangs: the socket stays with the thread that has it
         with self._lock:

@@ -22,8 +22,9 @@ from onehop.protocol.calls import LOST, REJECTED, Call, CallTable
 from onehop.protocol.wire import Body, Frame
 from onehop.transport.carrier import LinkSocket
 from onehop.transport.engine import GOODBYE_LINGER, Engine
-from onehop.transport.inbound import FOREVER, Inbound, Queue
+from onehop.transport.inbound import Inbound
 from onehop.transport.link import BATCH, STUCK, Link
+from onehop.transport.queue import FOREVER, Queue
 from onehop.transport.requests import Attempt, Terms
 from onehop.transport.waiting import PATIENCE, start_thread
 

@@ -256,11 +256,10 @@ class _Inbound(_Socket):
             raise
         return True
 
-    def receive(self, wake: Wake, milliseconds: int, into: list[Message]) -> None:
+    def receive(self, wake: Wake, milliseconds: int, into: list[Message]) -> bool:
         if wake.native is None:
-            InboundSocket.receive(self, wake, milliseconds, into)
-        else:
-            wake.native.receive_from(self._address, self.fd, wake.fd, milliseconds, into)
+            return InboundSocket.receive(self, wake, milliseconds, into)
+        return bool(wake.native.receive_from(self._address, self.fd, wake.fd, milliseconds, into))
 
     def _drain(self, limit: int, into: list[Message]) -> bool:
         get, receive = self._get, self._recv
