@@ -66,7 +66,7 @@ INBOUND_OPTIONS: Options = (
 LOCAL_LINK_OPTIONS: Options = (
     # The kernel tells at once when a process of this host ends; only one that is stopped ends nothing. Who connects
     # asks for that, now and then: 1,200 idle connections that ask every 2 s take one processor's hundredth at each end.
-    (zmq.HEARTBEAT_IVL, 10_000, "a stopped process is noticed, after 15 s"),
+    (zmq.HEARTBEAT_IVL, 15_000, "a stopped process is noticed, after 20 s"),
     (zmq.HEARTBEAT_TIMEOUT, 5_000, "it is given time, since a busy host stops everybody now and then"),
     (zmq.HEARTBEAT_TTL, 0, "the other side hears from the kernel"),
 )
