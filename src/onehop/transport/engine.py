@@ -212,11 +212,15 @@ class Engine(Caller):
                 self._tell_change()
         if now - self._looked >= SLOW_TICK:
             self._looked = now
-            with self.lock:  # in place: most of a thousand links rest, and a call for each would be most of the cost
+            # In place: most of a thousand links rest, and a call for each would be most of the cost. At a young one
+            # looks whoever began it.
+            with self.lock:
                 links = [
                     link for link in self._links.values()
-                    if not link.resting or (calls := link.calls).pending or calls.last != link.numbered
-                    or link.peer.record is None
+                    if now - link.began >= SLOW_TICK and (
+                        not link.resting or (calls := link.calls).pending or calls.last != link.numbered
+                        or link.peer.record is None
+                    )
                 ]  # fmt: skip
             for link in links:
                 self._look_after(link, now)

@@ -69,7 +69,7 @@ class Link(ABC):
         self.bad_frames = 0
         self.began = monotonic()
         self.peer: Any = None
-        self.numbered = 0
+        self.numbered = -1
         self.resting = False
         self.hello = Call(wire.HELLO)
         calls.pending[0] = self.hello
