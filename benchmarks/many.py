@@ -93,7 +93,7 @@ def links(systems: Sequence[System], options: Options, say: Say) -> list[Row]:
     A link is open when its peer has answered over it: so one fan-out opens all. What the process needs to learn of its
     peers is counted, and told apart.
     """
-    count, idle = (200, 3.0) if options.quick else (1_200, 10.0)
+    count, idle = (200, 3.0) if options.quick else (1_200, 30.0)  # two rounds of heartbeats
     say(f"links: starting {count} nodes")
     with ExitStack() as stack:
         directory = tempfile.mkdtemp(prefix="oh-bench-")

@@ -67,7 +67,7 @@ _TABLE = (
     System("onehop inline pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP_PURE, INLINE, environment=PURE),
     System("onehop pool", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP, POOL),
     System("onehop pool pure", "onehop", "onehop_:Server", "onehop_:Client", ONEHOP_PURE, POOL, environment=PURE),
-    System("onehop crowd", "onehop", "onehop_crowd:Server", "onehop_:Client", CROWD, {"inline": True}),
+    System("onehop crowd", "onehop", "onehop_crowd:Server", "onehop_crowd:Client", CROWD, {"inline": True}),
     System("onehop asyncio", "onehop", "onehop_asyncio:Server", "onehop_asyncio:Client", ONEHOP_ASYNCIO),
     System("onehop asyncio task", "onehop", "onehop_asyncio:Server", "onehop_asyncio:Client", ("asyncio-32",), TASK),
     System("onehop asyncio uvloop", "onehop", "onehop_asyncio:Server", "onehop_asyncio:Client", ONEHOP_UVLOOP, UVLOOP),

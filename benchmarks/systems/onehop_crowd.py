@@ -1,4 +1,4 @@
-"""Many onehop nodes in one process, as if each had a host to itself.
+"""Many onehop nodes in one process, as if each had a host to itself; and who calls them.
 
 A thousand nodes on a thousand hosts cost each other nothing. On one host each would watch the run directory, and look
 at every record whenever one comes: 1,000 times 1,000 looks before anything is measured. These nodes announce
@@ -7,7 +7,7 @@ themselves, and do not watch; everything else is as ever, over ipc.
 
 from __future__ import annotations
 
-from benchmarks.system import Setup
+from benchmarks.system import Sample, Setup, in_threads
 from benchmarks.systems import onehop_
 from onehop import Node, Settings
 from onehop.interfaces import Deliver
@@ -43,3 +43,10 @@ class Server(onehop_.Server):
         super().__init__(setup, inline)
         settings = Settings(**onehop_.settings(setup))
         self._nodes = [Node(settings, network=Host(settings)) for _ in range(setup.receivers)]
+
+
+class Client(onehop_.Client):
+    """The one process that calls them: one fan-out at a time, since each is timed by itself."""
+
+    def fanout(self, seconds: float) -> Sample:
+        return in_threads(self._fan_out, seconds, 1, self._receivers)

@@ -590,7 +590,7 @@ def _content(name: str, descriptor: int, found: os.stat_result) -> Record | str:
     if found.st_size > RECORD_LIMIT:
         return f"it has {found.st_size} bytes, and a record has at most {RECORD_LIMIT}"
     try:
-        record = msgspec.json.decode(os.read(descriptor, RECORD_LIMIT), type=Record)
+        record = msgspec.json.decode(os.read(descriptor, found.st_size + 1), type=Record)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         return f"it does not hold a record: {error}"
     if name != f"{record.node}.json":

@@ -43,6 +43,8 @@ class BlockingLink(Link):
         opening: held by the thread that waits for the hello.
     """
 
+    __slots__ = ("_alone", "_crowd", "_lead", "_leader", "_waiting", "_wake", "opening")
+
     def __init__(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> None:
         super().__init__(socket, calls, control)
         self.opening = new_lock()

@@ -213,8 +213,16 @@ class Engine(Caller):
                 self._tell_change()
         if now - self._looked >= SLOW_TICK:
             self._looked = now
+            # In place: most of a thousand links rest, and a call for each would be most of the cost. At a young one
+            # looks whoever began it.
             with self.lock:
-                links = list(self._links.values())
+                links = [
+                    link for link in self._links.values()
+                    if now - link.began >= SLOW_TICK and (
+                        not link.resting or (calls := link.calls).pending or calls.last != link.numbered
+                        or link.peer.record is None
+                    )
+                ]  # fmt: skip
             for link in links:
                 self._look_after(link, now)
         if self.inbound is not None:
@@ -229,13 +237,12 @@ class Engine(Caller):
             return
         calls = link.calls
         idle = not calls.pending and calls.last == link.numbered
-        if not (idle and link.resting):
-            link.numbered = calls.last
-            if idle != link.resting:
-                self._rest(link, idle)  # before the look: nothing may come unseen between
-            link.look()
-            for call in calls.expire(now - GRACE):  # begun, and its owner never came back for it
-                self._give_up(link, call)
+        link.numbered = calls.last
+        if idle != link.resting:
+            self._rest(link, idle)  # before the look: nothing may come unseen between
+        link.look()
+        for call in calls.expire(now - GRACE):  # begun, and its owner never came back for it
+            self._give_up(link, call)
         if link.peer.record is None and not calls.pending:
             self._lost(link.peer, link, "its record was withdrawn")
 

@@ -53,9 +53,10 @@ class Link(ABC):
             before something comes.
     """
 
-    peer: Any = None
-    numbered = 0
-    resting = False
+    __slots__ = (
+        "_closed", "_cold", "_control", "_incoming", "_lock", "_out", "_stuck", "bad_frames", "began", "calls",
+        "drained", "ended", "error", "hello", "numbered", "over", "peer", "ready", "resting", "socket",
+    )  # fmt: skip
 
     def __init__(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> None:
         self.socket = socket
@@ -67,6 +68,9 @@ class Link(ABC):
         self.error: Exception | None = None
         self.bad_frames = 0
         self.began = monotonic()
+        self.peer: Any = None
+        self.numbered = -1
+        self.resting = False
         self.hello = Call(wire.HELLO)
         calls.pending[0] = self.hello
         self._closed = False

@@ -35,6 +35,8 @@ SWEEP = 0.05
 class LoopLink(Link):
     """A link whose calls are waited for by tasks of one loop."""
 
+    __slots__ = ("_again", "_called", "_loop", "_watched")
+
     def __init__(
         self,
         socket: LinkSocket,

@@ -23,10 +23,11 @@ from onehop.transport.waiting import Wake
 # Plain integers: arithmetic on zmq's enumerations costs a microsecond each time.
 _NOWAIT = int(zmq.NOBLOCK)
 _NOWAIT_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
-_EVENTS, _POLLIN, _RCVMORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
-_HANDSHAKE_FAILURES = int(
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
+_FD, _EVENTS, _POLLIN, _RCVMORE = int(zmq.FD), int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
+_ENDS = int(
+    zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)  # fmt: skip
 
 _MONITOR_EVENT = struct.Struct("=H")
 """How a monitor's message begins. Not ``zmq.utils.monitor``: it imports asyncio, seven megabytes."""
@@ -65,7 +66,7 @@ INBOUND_OPTIONS: Options = (
 LOCAL_LINK_OPTIONS: Options = (
     # The kernel tells at once when a process of this host ends; only one that is stopped ends nothing. Who connects
     # asks for that, now and then: 1,200 idle connections that ask every 2 s take one processor's hundredth at each end.
-    (zmq.HEARTBEAT_IVL, 10_000, "a stopped process is noticed, after 15 s"),
+    (zmq.HEARTBEAT_IVL, 15_000, "a stopped process is noticed, after 20 s"),
     (zmq.HEARTBEAT_TIMEOUT, 5_000, "it is given time, since a busy host stops everybody now and then"),
     (zmq.HEARTBEAT_TTL, 0, "the other side hears from the kernel"),
 )
@@ -75,6 +76,15 @@ LOCAL_INBOUND_OPTIONS: Options = ((zmq.HEARTBEAT_IVL, 0, "whoever connects asks"
 
 def _is_local(endpoint: str) -> bool:
     return endpoint.startswith("ipc://")
+
+
+def _values(*tables: Options) -> tuple[tuple[int, int], ...]:
+    """Each option once, with the value of the last table that has it: pyzmq takes a microsecond to set one."""
+    return tuple({int(option): value for table in tables for option, value, _reason in table}.items())
+
+
+_LINK, _LOCAL_LINK = _values(LINK_OPTIONS), _values(LINK_OPTIONS, LOCAL_LINK_OPTIONS)
+_INBOUND, _LOCAL_INBOUND = _values(INBOUND_OPTIONS), _values(INBOUND_OPTIONS, LOCAL_INBOUND_OPTIONS)
 
 
 def _used_descriptors(enough: int) -> int:
@@ -120,20 +130,24 @@ def check_descriptors(wanted: int) -> None:
     )
 
 
+def _new_socket(context: zmq.Context[Any], kind: int) -> Any:
+    try:
+        return context.socket(kind)  # so that the context can close what an error left open
+    except zmq.ZMQError as error:
+        raise ResourceLimit(f"ZeroMQ gives no more sockets: {error}; raise the descriptor limit") from None
+
+
 class _Socket:
     """What both ends share: the backend's methods (the public ones add a Python frame to each message)."""
 
-    def __init__(self, context: zmq.Context[Any], kind: int, options: Options) -> None:
-        try:
-            self._socket = context.socket(kind)  # so that the context can close what an error left open
-        except zmq.ZMQError as error:
-            raise ResourceLimit(f"ZeroMQ gives no more sockets: {error}; raise the descriptor limit") from None
-        for option, value, _reason in options:
+    def __init__(self, context: zmq.Context[Any], kind: int, options: tuple[tuple[int, int], ...]) -> None:
+        self._socket = _new_socket(context, kind)
+        for option, value in options:
             self._socket.set(option, value)
         backend: Any = super(zmq.Socket, self._socket)
         self._send, self._recv, self._get = backend.send, backend.recv, backend.get
         self._address = self._socket.underlying
-        self.fd = int(self._get(zmq.FD))
+        self.fd = int(self._get(_FD))
 
 
 class _Link(_Socket):
@@ -143,13 +157,17 @@ class _Link(_Socket):
     drain: Callable[[int, list[tuple[bytes, Body | None]]], bool]
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        super().__init__(context, zmq.DEALER, LINK_OPTIONS + (LOCAL_LINK_OPTIONS if _is_local(endpoint) else ()))
+        super().__init__(context, zmq.DEALER, _LOCAL_LINK if _is_local(endpoint) else _LINK)
         if native is None:
             self.send, self.drain = self._send_frame, self._drain
         else:
             self.send, self.drain = partial(native.send, self._address), partial(native.drain, self._address)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _HANDSHAKE_FAILURES)
-        self.monitor_fd = int(self._monitor.get(zmq.FD))
+        # What get_monitor_socket() does, which takes three times as long to find out whether libzmq can.
+        address = f"inproc://monitor-{self.fd}"
+        self._socket.monitor(address, _ENDS)
+        self._monitor = _new_socket(context, zmq.PAIR)
+        self._monitor.connect(address)
+        self.monitor_fd = int(self._monitor.get(_FD))
         self._ended: str | None = None
         try:
             self._socket.connect(endpoint)
@@ -195,17 +213,14 @@ class _Link(_Socket):
         return True
 
     def ended(self) -> str | None:
-        while self._ended is None:
-            try:
-                event = zmq.Event(_MONITOR_EVENT.unpack_from(self._monitor.recv_multipart(_NOWAIT)[0])[0])
-            except zmq.Again:
-                break
+        while self._ended is None and self._monitor.get(_EVENTS) & _POLLIN:  # cheaper than a receive that fails
+            event = zmq.Event(_MONITOR_EVENT.unpack_from(self._monitor.recv_multipart(_NOWAIT)[0])[0])
             known = {zmq.Event.DISCONNECTED: "the connection ended", zmq.Event.CLOSED: "nobody listens there"}
             self._ended = known.get(event, f"the handshake failed ({event.name})")
         return self._ended
 
     def close(self, linger: float) -> None:
-        self._socket.disable_monitor()
+        self._socket.monitor(None, 0)
         self._monitor.close(0)
         self._socket.close(int(linger * 1000))
 
@@ -217,7 +232,7 @@ class _Inbound(_Socket):
     drain: Callable[[int, list[Message]], bool]
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        super().__init__(context, zmq.ROUTER, INBOUND_OPTIONS + (LOCAL_INBOUND_OPTIONS if _is_local(endpoint) else ()))
+        super().__init__(context, zmq.ROUTER, _LOCAL_INBOUND if _is_local(endpoint) else _INBOUND)
         if native is None:
             self.send, self.drain = self._send_frame, self._drain
         else:
