@@ -523,7 +523,8 @@ class Caller(ABC):
         request = serving.get()
         if request is not None and request.deadline is not None:
             until = min(until, request.deadline)
-        await self._cold(self.registry.refresh)
+        if not self.registry.is_fresh():
+            await self._cold(self.registry.refresh)
         with self.lock:
             self.protocol.rouse()
         everyone: list[Attempt] = []
