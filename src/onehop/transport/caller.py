@@ -468,7 +468,7 @@ class Caller(ABC):
                 # Each has been tried once. Another round after a pause, or when the view changes.
                 await self._wait_for_change(self.protocol.routes, min(ready, monotonic() + attempt.pause))
                 attempt.pause *= 2
-                tried.clear()
+                tried = attempt.tried = ()
             elif not await self.wait_for(lambda: bool(self.protocol.routes.of(terms.service, terms.server)), ready):
                 if self.closed:
                     raise errors.NodeClosed("this node was closed while a request waited for a server")
@@ -477,7 +477,7 @@ class Caller(ABC):
     def _again(self, attempt: Attempt, error: errors.CallError) -> None:
         """Note that the route failed; returns if the request may go to another, raises ``error`` if not."""
         terms = attempt.terms
-        attempt.tried.append(attempt.route)
+        attempt.tried += (attempt.route,)
         attempt.error = error
         attempt.may_have_run |= error.executed == "unknown"
         record, idempotent = attempt.record, terms.idempotent
@@ -548,18 +548,28 @@ class Caller(ABC):
         now: float,
         until: float,
     ) -> None:
-        waiting = []
+        size, waiting = len(body), []
+        plain = kind != wire.PING and size < wire.SECOND_FRAME_FROM and (terms.monitor is None or kind == wire.CAST)
+        remaining = wire.milliseconds(until - now)
         for route in self.protocol.routes.distinct(terms.service, terms.server):
             attempt = Attempt(terms, method, until, now)
             attempt.route = route
             everyone.append(attempt)
             link: Link | None = route.peer.link
             try:  # all connections begin before any is waited for
-                if link is not None and link.ready:
-                    self._send_over(link, route, attempt, kind, flags, body)
-                else:
+                if link is None or not link.ready:
                     attempt.link = self._begin_link(route.peer)
                     waiting.append(attempt)
+                elif plain and len(link.calls.pending) < link.calls.messages:
+                    call = Call(kind, until, size)
+                    attempt.take(route, link, call)
+                    id = link.calls.begin(call)
+                    if link.ended is not None and link.calls.give_up(call):
+                        raise attempt.not_sent()
+                    section = terms.section(route.server, method)
+                    link.put(call, wire.plain_request(kind, flags, id, remaining, section, body))
+                else:
+                    self._send_over(link, route, attempt, kind, flags, body)
             except (errors.CallError, errors.ResourceLimit) as error:
                 attempt.error = error if isinstance(error, errors.CallError) else errors.NoRoute(str(error))
         while waiting:  # each is sent to as soon as it is ready: a silent one holds up nobody
@@ -575,9 +585,13 @@ class Caller(ABC):
                     attempt.error = error
             waiting = silent
         for attempt in everyone:
-            if attempt.error is None and attempt.call.outcome not in WELL:
-                try:
-                    await self.outcome(attempt)
-                except errors.CallError as error:
-                    attempt.error = error
+            if attempt.error is None:
+                call = attempt.call
+                if call.outcome is None:
+                    attempt.link.glance()
+                if call.outcome not in WELL:
+                    try:
+                        await self.outcome(attempt)
+                    except errors.CallError as error:
+                        attempt.error = error
             attempt.seconds = monotonic() - attempt.started

@@ -82,6 +82,14 @@ class Link(ABC):
         """Queue ``frame`` and see that it is sent; does not wait. ``call.sent`` tells when it left."""
 
     @abstractmethod
+    def put(self, call: Call, frame: Frame) -> None:
+        """:meth:`post`, for one who will soon :meth:`glance` at many links: it may be sent without a look."""
+
+    @abstractmethod
+    def glance(self) -> None:
+        """Take in one message, if it is there and nobody else does."""
+
+    @abstractmethod
     def look(self) -> None:
         """Send and receive what is there, if nobody else does: for links on which nobody waits."""
 
