@@ -65,19 +65,16 @@ class BlockingLink(Link):
                     call.sent = self.socket.send(frame)
             finally:
                 self._lock.release()
-            if call.sent:
-                if self._waiting:  # since a moment: the send may have eaten the edge
-                    self._wake.set()
-                if self._out:
-                    self._turn()
-                return
-        self.post(call, frame)
+            if self._waiting:  # since a moment: the send may have eaten the edge
+                self._wake.set()
+        if not call.sent:
+            self._out.append((call, frame))
+        self._turn()
 
     def glance(self) -> None:
         if not self._waiting and self._lock.acquire(False) and self._pump(None, 1) and self._waiting:
             self._wake.set()  # as in _turn
-        if self._out:
-            self._turn()
+        self._turn()
 
     def exchange(self, call: Call, frame: Frame) -> None:
         """Send the registered ``call`` and wait until it has news, or its deadline has come."""

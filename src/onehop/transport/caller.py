@@ -408,7 +408,7 @@ class Caller(ABC):
             frame = wire.request(kind, flags, id, attempt.until - monotonic(), monitor, section, body)
         if link.ended is not None and link.calls.give_up(call):
             raise attempt.not_sent()
-        link.post(call, frame)
+        link.put(call, frame)
 
     def _refuse(self, terms: Terms, method: str, size: int) -> NoReturn:
         if self.closed:
@@ -519,17 +519,13 @@ class Caller(ABC):
         if self.closed or len(body) > self.settings.max_message:
             self._refuse(terms, method, len(body))
         now = monotonic()
-        until = now + terms.timeout
-        request = serving.get()
-        if request is not None and request.deadline is not None:
-            until = min(until, request.deadline)
         if not self.registry.is_fresh():
             await self._cold(self.registry.refresh)
         with self.lock:
             self.protocol.rouse()
         everyone: list[Attempt] = []
         try:
-            await self._scatter(everyone, terms, kind, flags, method, body, now, until)
+            await self._scatter(everyone, terms, kind, flags, method, body, now)
         except BaseException:  # who asked was interrupted, or cancelled
             for attempt in everyone:
                 if attempt.error is None and attempt.under_way:
@@ -538,38 +534,24 @@ class Caller(ABC):
         return everyone
 
     async def _scatter(
-        self,
-        everyone: list[Attempt],
-        terms: Terms,
-        kind: int,
-        flags: int,
-        method: str,
-        body: Body,
-        now: float,
-        until: float,
+        self, everyone: list[Attempt], terms: Terms, kind: int, flags: int, method: str, body: Body, now: float
     ) -> None:
-        size, waiting = len(body), []
-        plain = kind != wire.PING and size < wire.SECOND_FRAME_FROM and (terms.monitor is None or kind == wire.CAST)
-        remaining = wire.milliseconds(until - now)
+        until = now + terms.timeout
+        request = serving.get()
+        if request is not None and request.deadline is not None:
+            until = min(until, request.deadline)
+        waiting = []
         for route in self.protocol.routes.distinct(terms.service, terms.server):
             attempt = Attempt(terms, method, until, now)
             attempt.route = route
             everyone.append(attempt)
             link: Link | None = route.peer.link
             try:  # all connections begin before any is waited for
-                if link is None or not link.ready:
+                if link is not None and link.ready:
+                    self._send_over(link, route, attempt, kind, flags, body)
+                else:
                     attempt.link = self._begin_link(route.peer)
                     waiting.append(attempt)
-                elif plain and len(link.calls.pending) < link.calls.messages:
-                    call = Call(kind, until, size)
-                    attempt.take(route, link, call)
-                    id = link.calls.begin(call)
-                    if link.ended is not None and link.calls.give_up(call):
-                        raise attempt.not_sent()
-                    section = terms.section(route.server, method)
-                    link.put(call, wire.plain_request(kind, flags, id, remaining, section, body))
-                else:
-                    self._send_over(link, route, attempt, kind, flags, body)
             except (errors.CallError, errors.ResourceLimit) as error:
                 attempt.error = error if isinstance(error, errors.CallError) else errors.NoRoute(str(error))
         while waiting:  # each is sent to as soon as it is ready: a silent one holds up nobody
@@ -585,13 +567,11 @@ class Caller(ABC):
                     attempt.error = error
             waiting = silent
         for attempt in everyone:
-            if attempt.error is None:
-                call = attempt.call
-                if call.outcome is None:
-                    attempt.link.glance()
-                if call.outcome not in WELL:
-                    try:
-                        await self.outcome(attempt)
-                    except errors.CallError as error:
-                        attempt.error = error
+            if attempt.error is None and attempt.call.outcome is None:
+                attempt.link.glance()
+            if attempt.error is None and attempt.call.outcome not in WELL:
+                try:
+                    await self.outcome(attempt)
+                except errors.CallError as error:
+                    attempt.error = error
             attempt.seconds = monotonic() - attempt.started

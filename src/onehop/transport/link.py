@@ -81,9 +81,9 @@ class Link(ABC):
     def post(self, call: Call | None, frame: Frame) -> None:
         """Queue ``frame`` and see that it is sent; does not wait. ``call.sent`` tells when it left."""
 
-    @abstractmethod
     def put(self, call: Call, frame: Frame) -> None:
-        """:meth:`post`, for one who will soon :meth:`glance` at many links: it may be sent without a look."""
+        """:meth:`post`, for one who will look for the answer: it may be sent without a look for what came."""
+        self.post(call, frame)
 
     @abstractmethod
     def glance(self) -> None:

@@ -56,8 +56,6 @@ class LoopLink(Link):
             self._called = True
             self._loop.call_soon(self.look)
 
-    put = post
-
     def glance(self) -> None:
         """Nothing: the loop reads what comes."""
 
