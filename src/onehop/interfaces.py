@@ -80,6 +80,13 @@ class Registry(Protocol):
         may do nothing. Never raises for a registry that is away.
         """
 
+    def is_fresh(self) -> bool:
+        """Whether everything that was announced before this was asked has been delivered. Never waits.
+
+        Asked before each fan-out: where it is False, which is always right, :meth:`refresh` is called.
+        """
+        return False
+
     def close(self) -> None:
         """Withdraw, end the watch, give everything back. May be called twice."""
 

@@ -189,13 +189,33 @@ async def test_cancelled_serve_offers_nothing(node, until) -> None:
     assert await calling.call("slow", "read", "abc") == 3
 
 
-@pytest.mark.parametrize("verb", ["wait_for", "servers", "fanout", "close"])
+async def test_cancelled_gather_cancels_the_handler_at_every_server(node, until) -> None:
+    everyone, calling = [Slow() for _ in range(5)], node()
+    for number, slow in enumerate(everyone):
+        await node().serve("slow", slow, server=str(number))
+    assert await calling.wait_for("slow", count=5, timeout=10.0)
+    task = asyncio.ensure_future(calling.gather("slow", "wait"))
+    await until(lambda: all(slow.entered.is_set() for slow in everyone))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: [slow.heard for slow in everyone] == [["cancelled"]] * 5)
+    assert in_flight(calling) == 0
+    assert {each.outcome for each in await calling.fanout("slow", "read")} == {"taken"}
+
+
+async def test_fanout_to_nobody_has_nothing_to_wait_for(node) -> None:
+    calling = node()
+    await calling.servers()
+    assert await asyncio.wait_for(calling.fanout("nobody", "read"), 10.0) == []
+
+
+@pytest.mark.parametrize("verb", ["wait_for", "servers", "close"])
 async def test_other_waits_can_be_cancelled(node, verb) -> None:
     calling = node()
     waits = {
         "wait_for": lambda: calling.wait_for("nobody", timeout=60.0),
         "servers": calling.servers,
-        "fanout": lambda: calling.fanout("nobody", "read"),
         "close": calling.close,
     }
     await calling.servers()

@@ -277,6 +277,37 @@ def test_fanout_names_who_is_unreachable(three) -> None:
     assert ledgers[0].wait(2) == ledgers[2].wait(2) == [0, 1]
 
 
+def test_fanout_of_a_large_body_and_of_many_at_once_reach_everybody(three, background) -> None:
+    calling, ledgers, _nodes = three
+    large = "x" * 200_000
+    assert [receipt.outcome for receipt in calling.fanout("clock", "note", large)] == ["taken"] * 3
+
+    def fan_out(first: int) -> list[str]:
+        return [each.outcome for number in range(50) for each in calling.fanout("clock", "note", first + number)]
+
+    under_way = [background(fan_out, first) for first in range(0, 400, 50)]
+    assert [each.result(30.0) for each in under_way] == [["taken"] * 150] * 8
+    for ledger in ledgers:
+        noted = ledger.wait(401)
+        assert noted[0] == large
+        assert sorted(noted[1:]) == list(range(400))
+
+
+def test_fanout_through_a_full_window_is_refused_for_that_server_alone(node, gate) -> None:
+    node().serve("clock", gate, server="slow")
+    node().serve("clock", {"read": lambda: None}, server="quick")
+    calling = node(window_messages=2)
+    assert calling.wait_for("clock", count=2, timeout=5.0)
+    held = [calling.client("clock").at("slow").start("hold") for _ in range(2)]
+    gate.wait_entered(2)
+    receipts = {receipt.server: receipt for receipt in calling.fanout("clock", "read")}
+    assert (receipts["slow"].outcome, receipts["quick"].outcome) == ("refused", "taken")
+    assert "as many as the window allows" in receipts["slow"].reason
+    gate.open.set()
+    for call in held:
+        call.result()
+
+
 # Gathers ------------------------------------------------------------------------------------------
 
 
@@ -313,6 +344,19 @@ def test_gather_keeps_partial_results_at_the_deadline(node, gate) -> None:
     assert list(gathered.replies.values()) == [1]
     assert gathered.missing == [("slow", slow.id)]
     assert gathered.errors["slow", slow.id].executed == "unknown"  # type: ignore[attr-defined]
+
+
+def test_gather_with_a_monitor_hears_that_slow_servers_live(node, gate) -> None:
+    for name in ("a", "b"):
+        node().serve("clock", gate, server=name)
+    calling = node()
+    client = calling.client("clock", monitor=0.2, timeout=20.0)
+    assert calling.wait_for("clock", count=2, timeout=5.0)
+    assert len(client.ping()) == len(client.gather("read").replies) == 2
+    opener = threading.Thread(target=lambda: (gate.wait_entered(2), time.sleep(0.6), gate.open.set()))
+    opener.start()
+    assert len(client.gather("hold").replies) == 2
+    opener.join()
 
 
 def test_gather_runs_side_by_side(node, gate) -> None:

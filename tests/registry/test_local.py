@@ -276,6 +276,64 @@ def test_a_refresh_has_delivered_when_it_returns(make: Open) -> None:
     assert views.nodes == []
 
 
+def test_a_registry_is_fresh_again_once_its_watch_has_looked(settings: Settings) -> None:
+    registry, other, views = LocalRegistry(settings), LocalRegistry(settings), Views()
+    assert registry.is_fresh(), "who does not watch waits for nothing"
+    registry.watch(views)
+    for number in range(20):
+        other.announce(record(number))
+        assert eventually(registry.is_fresh)
+        assert views.nodes == [number]
+    other.withdraw()
+    assert eventually(registry.is_fresh)
+    assert views.nodes == []
+    registry.close()
+
+
+def test_a_registry_is_not_fresh_while_a_lock_is_in_doubt(settings: Settings) -> None:
+    registry, views = LocalRegistry(settings), Views()
+    descriptor = lock_and_place(registry, record(1))
+    registry.watch(views)
+    assert eventually(registry.is_fresh)
+    for _ in range(5):
+        os.close(os.open(registry.directory / f"{1:032x}.json", os.O_WRONLY))  # as when a process dies
+        assert not registry.is_fresh()
+    os.close(descriptor)
+    assert eventually(registry.is_fresh)
+    assert views.nodes == []
+    registry.close()
+
+
+def test_a_registry_that_reads_the_directory_now_and_then_is_never_fresh(settings: Settings) -> None:
+    registry = LocalRegistry(settings, inotify=False)
+    registry.watch(Views())
+    assert not registry.is_fresh()
+    registry.close()
+
+
+def test_a_registry_is_not_fresh_where_its_directory_was_put_aside(settings: Settings, tmp_path: Path) -> None:
+    registry, views = LocalRegistry(settings), Views()
+    registry.watch(views)
+    assert eventually(registry.is_fresh)
+    registry.directory.rename(tmp_path / "away")
+    assert not registry.is_fresh()
+    registry.close()
+
+
+def test_a_removed_file_is_published_again_without_a_refresh(settings: Settings) -> None:
+    registry, other, views = LocalRegistry(settings), LocalRegistry(settings), Views()
+    registry.watch(Views())
+    other.watch(views)
+    registry.announce(record(1))
+    path = registry.directory / f"{1:032x}.json"
+    assert views.become(1)
+    path.unlink()
+    assert eventually(path.exists, within=NOTICED_WITHIN)
+    assert views.become(1)
+    registry.close()
+    other.close()
+
+
 def instances() -> tuple[int, int]:
     """Of this process: watching threads, inotify instances."""
     links = []

@@ -322,6 +322,94 @@ def test_reply_to_nobody_is_counted_as_late(bench: LinkBench) -> None:
 # Exceptions ---------------------------------------------------------------------------------------
 
 
+# One who asks many links -----------------------------------------------------------------------------
+
+
+class Unseen(dict[object, object]):
+    """Those who wait, as one sees them who looks before they come and again when they are there."""
+
+    looked = False
+
+    def __bool__(self) -> bool:
+        before, self.looked = self.looked, True
+        return before and len(self) > 0
+
+
+def test_put_sends_without_a_look_and_a_glance_takes_in_one_message(bench: LinkBench) -> None:
+    (first, frame), (second, _) = bench.begin(), bench.begin()
+    bench.socket.arrived.extend([reply_to(first), reply_to(second)])
+    bench.link.put(first, frame)
+    assert (bench.socket.sent, first.sent, bench.socket.looked) == ([frame], True, 0)
+    bench.link.glance()
+    assert (first.outcome, second.outcome, bench.socket.limits) == (REPLIED, None, [1])
+    bench.link.glance()
+    bench.link.glance()
+    assert second.outcome == REPLIED
+
+
+def test_put_looks_for_who_waits(bench: LinkBench, background, eventually) -> None:
+    call, waiting = waiter(bench, background)
+    eventually(lambda: polls(bench))
+    copy, frame = bench.begin()
+    bench.socket.arrived.append(reply_to(call))  # no signal: the sending has eaten the edge
+    bench.link.put(copy, frame)
+    assert waiting.result(SOON) is True
+    assert bench.socket.sent == [frame]
+
+
+def test_leader_that_came_while_a_copy_was_put_is_woken(bench: LinkBench, background, eventually) -> None:
+    call, waiting = waiter(bench, background)
+    eventually(lambda: polls(bench))
+    copy, frame = bench.begin()
+    bench.link._waiting = Unseen(bench.link._waiting)
+    bench.socket.arrived.append(reply_to(call))  # no signal, as before
+    bench.link.put(copy, frame)
+    assert waiting.result(SOON) is True
+
+
+def test_leader_that_came_before_a_glance_hears_of_what_that_left(bench: LinkBench, background, eventually) -> None:
+    call, waiting = waiter(bench, background)
+    eventually(lambda: polls(bench))
+    copy, _frame = bench.begin()
+    bench.link._waiting = Unseen(bench.link._waiting)
+    bench.socket.arrived.extend([reply_to(copy), reply_to(call)])  # no signal: the glance has eaten the edge
+    bench.link.glance()
+    assert copy.outcome == REPLIED
+    assert waiting.result(SOON) is True
+
+
+def test_put_keeps_its_place_behind_what_waits_for_room(bench: LinkBench) -> None:
+    frames = [wire.pack(wire.CANCEL, id=id) for id in (6, 7)]
+    bench.socket.room = 0
+    bench.link.post(None, frames[0])
+    copy, frames[1] = bench.begin()
+    bench.link.put(copy, frames[1])
+    assert (bench.socket.sent, copy.sent) == ([], False)
+    bench.socket.room = 10
+    bench.socket.arrived.append(reply_to(copy))
+    assert bench.link.wait(copy, 0, far())
+    assert bench.socket.sent == frames
+
+
+def test_put_sends_nothing_after_the_end(bench: LinkBench) -> None:
+    copy, frame = bench.begin()
+    bench.link.end("it ended")
+    bench.link.put(copy, frame)
+    bench.link.glance()
+    assert (bench.socket.sent, copy.outcome, copy.sent) == ([], LOST, False)
+
+
+def test_put_gives_the_lock_back_when_it_is_interrupted(bench: LinkBench) -> None:
+    def interrupt() -> bool:
+        raise Interrupt
+
+    copy, frame = bench.begin()
+    bench.socket.send = lambda frame: interrupt()  # type: ignore[method-assign]
+    with pytest.raises(Interrupt):
+        bench.link.put(copy, frame)
+    assert not bench.link._lock.locked()
+
+
 class Interrupt(Exception):
     pass
 

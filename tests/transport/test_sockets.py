@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket as net
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -413,6 +416,128 @@ def test_carrier_closes_what_is_left_open(endpoint: str) -> None:
         print("closed")
     """
     assert run(program) == "closed\n"
+
+
+def test_carriers_of_a_process_share_one_io_thread_until_the_last_of_them_closes(endpoint: str) -> None:
+    program = f"""
+        from onehop.transport.sockets import ZmqCarrier
+
+        def io_threads():
+            names = [open(f"/proc/self/task/{{task}}/comm").read() for task in os.listdir("/proc/self/task")]
+            return sum(name.startswith("ZMQbg/IO") for name in names)
+
+        carriers = [ZmqCarrier() for _ in range(5)]
+        inbound = carriers[0].bind({endpoint!r})
+        links = [carrier.connect({endpoint!r}) for carrier in carriers]
+        into = []
+        for link in links:
+            link.send(b"hello")
+        while len(into) < 5:  # then each thread has named itself
+            inbound.drain(5, into)
+        print(io_threads())
+        for carrier, link in zip(carriers[1:], links[1:]):
+            link.close(0.0)
+            carrier.close()
+            carrier.close()
+        links[0].send(b"hello")
+        while len(into) < 6:
+            inbound.drain(1, into)
+        print(io_threads())
+        links[0].close(0.0)
+        inbound.close(0.0)
+        carriers[0].close()
+        print(io_threads())
+    """
+    assert run(program) == "1\n1\n0\n"
+
+
+def test_carrier_that_made_no_socket_ends_nothing_of_others(carrier: ZmqCarrier, endpoint: str) -> None:
+    inbound = carrier.bind(endpoint)
+    ZmqCarrier().close()
+    link = carrier.connect(endpoint)
+    assert link.send(b"hello")
+    link.close(0.0)
+    inbound.close(0.0)
+
+
+def test_carriers_of_many_threads_begin_and_end_side_by_side(run_directory: str) -> None:
+    def begin_and_end(number: int) -> None:
+        for again in range(20):
+            carrier = ZmqCarrier()
+            endpoint = f"ipc://{run_directory}/{number}-{again}.sock"
+            inbound, link = carrier.bind(endpoint), carrier.connect(endpoint)
+            assert link.send(b"hello")
+            link.close(0.0)
+            inbound.close(0.0)
+            carrier.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(begin_and_end, range(8)))
+
+
+def test_forked_child_has_a_context_of_its_own_and_leaves_that_of_the_parent_alone() -> None:
+    told = run("""
+        import multiprocessing
+        from onehop import Node
+        serving, calling = Node(), Node()
+        serving.serve("clock", {"read": lambda: 1})
+        assert calling.call("clock", "read") == 1
+
+        def child():
+            with Node() as node, Node() as other:
+                node.serve("child", {"read": lambda: 2})
+                assert node.call("clock", "read") == 1
+                assert other.call("child", "read") == 2
+            calling.close()
+            serving.close()
+
+        for _ in range(3):
+            process = multiprocessing.get_context("fork").Process(target=child)
+            process.start()
+            process.join(20)
+            assert process.exitcode == 0, process.exitcode
+            assert calling.call("clock", "read") == 1
+        calling.close()
+        serving.close()
+        print("well")
+    """)
+    assert told.endswith("well\n")
+
+
+def test_interrupted_gather_leaves_nothing_under_way(make_node: Callable[..., Any]) -> None:
+    class Interrupt(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    entered, release = threading.Semaphore(0), threading.Event()
+
+    def hold() -> None:
+        entered.release()
+        assert release.wait(30.0)
+
+    for name in ("a", "b"):
+        make_node().serve("clock", {"hold": hold, "read": lambda: None}, server=name)
+    calling, main = make_node(), threading.get_ident()
+    assert calling.wait_for("clock", count=2, timeout=5.0)
+
+    def disturb() -> None:
+        assert entered.acquire(timeout=10.0)
+        assert entered.acquire(timeout=10.0)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    disturber, before = threading.Thread(target=disturb), signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        disturber.start()
+        with pytest.raises(Interrupt):
+            calling.gather("clock", "hold")
+    finally:
+        disturber.join()
+        signal.signal(signal.SIGUSR1, before)
+        release.set()
+    assert sum(peer.in_flight for peer in calling.statistics().peers) == 0
+    assert [receipt.outcome for receipt in calling.fanout("clock", "read")] == ["taken"] * 2
 
 
 def test_descriptors_that_others_open_are_counted_at_once() -> None:

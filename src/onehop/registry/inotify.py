@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import struct
+import termios
+from array import array
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,12 +44,24 @@ class Inotify:
         if not hasattr(libc, "inotify_init1"):
             raise OSError("this system has no inotify")
         self._add_watch = libc.inotify_add_watch
+        self._watched = (0, 0)
         self.descriptor = _checked(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
 
     def watch(self, directory: Path) -> None:
         """Watch ``directory``, or do so again where it was removed and made anew."""
         mask = _CLOSE_WRITE | _MOVED_FROM | _MOVED_TO | _DELETE | _ONLYDIR
         _checked(self._add_watch(self.descriptor, os.fsencode(directory), mask))
+        self._watched = _identity(directory)
+
+    def watches(self, directory: Path) -> bool:
+        """Whether ``directory`` is the one that is watched, and not another that was made in its place."""
+        return _identity(directory) == self._watched
+
+    def is_quiet(self) -> bool:
+        """Whether :meth:`read` would tell nothing."""
+        waiting = array("i", (0,))
+        fcntl.ioctl(self.descriptor, termios.FIONREAD, waiting)
+        return not waiting[0]
 
     def read(self) -> Changes:
         """What happened; call it when the descriptor is readable."""
@@ -71,6 +86,11 @@ class Inotify:
     def close(self) -> None:
         """Give the descriptor back."""
         os.close(self.descriptor)
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    found = os.stat(directory)
+    return found.st_dev, found.st_ino
 
 
 def _checked(result: int) -> int:

@@ -239,6 +239,12 @@ class LocalRegistry(Registry):
         if self._deliver is not None:
             self._look()
 
+    def is_fresh(self) -> bool:
+        watch = self._watch
+        if self._deliver is None or watch is None:
+            return self._deliver is None
+        return self._view is not None and not self._cannot_look and watch.has_seen_all()
+
     def _look(self, names: Iterable[str] | None = None) -> None:
         """Look at the files of these names, or at all, and deliver the view if it is another."""
         if self._looker == threading.get_ident():  # called by deliver: the look under way does it
@@ -249,6 +255,8 @@ class LocalRegistry(Registry):
                 self._look_again = False
                 if names is None:
                     names = self._all_names()
+                elif self._record is not None and f"{self._record.node}.json" in names:
+                    self._restore(self.directory)
                 for name in names:
                     self._examine(name)
                 records = (record for _, record in self._known.values() if isinstance(record, Record))
@@ -291,6 +299,7 @@ class LocalRegistry(Registry):
             content = None
         except OSError as error:
             if error.errno in _OUT_OF_RESOURCES:
+                self._cannot_look = str(error)
                 return  # what is known of it stays
             content = f"it cannot be opened: {error.strerror}"
         else:
@@ -415,6 +424,7 @@ class _Watch:
         self.registries: tuple[LocalRegistry, ...] = ()
         self.read: dict[str, tuple[_Signature, Record | str]] = {}
         self._directory = directory
+        self._seen_all = True
         self._process = os.getpid()
         self._forgotten = False
         self._thread: threading.Thread | None = None
@@ -436,6 +446,19 @@ class _Watch:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="onehop-registry", daemon=True)
                 self._thread.start()
+
+    def has_seen_all(self) -> bool:
+        """Whether whatever happened before this was asked has been looked at, and delivered. Never waits.
+
+        The kernel queues a notice before the change that it tells of is through. So it is in the queue still; or the
+        thread has read it, which owned up to having something to look at before it did.
+        """
+        if self._inotify is None:
+            return False
+        try:
+            return self._inotify.is_quiet() and self._seen_all and self._inotify.watches(self._directory)
+        except OSError:  # the directory is gone, or the watch was given back meanwhile
+            return False
 
     def stop(self) -> None:
         """End the thread; nobody is watching any more."""
@@ -480,17 +503,21 @@ class _Watch:
             if self._end in ready:
                 self._release()
                 return
+            self._seen_all = False
             changes = self._inotify.read() if self._inotify and self._inotify.descriptor in ready else _NOTHING
             names = {name for name in (*changes.names, *changes.closed, *doubtful) if name.endswith(".json")}
             doubtful = {name: left - 1 for name, left in doubtful.items() if left > 1}
             doubtful |= {name: _DOUBT_LOOKS for name in changes.closed if name.endswith(".json")}
-            began = time.monotonic()
+            began, went_well = time.monotonic(), True
             if changes.incomplete or began >= full_look_at:
                 full_look_at = time.monotonic() + POLL_PERIOD
-                if self._look(None) and self._watches_again() and not changes.incomplete:
+                watches = self._watches_again()  # before the look, so that nothing happens unseen between the two
+                went_well = self._look(None) and watches and not changes.incomplete
+                if went_well:
                     full_look_at = time.monotonic() + self._period()
             elif names:
-                self._look(names)
+                went_well = self._look(names)
+            self._seen_all = went_well and not doubtful
             rest = min(_REST * (time.monotonic() - began), _LONGEST_REST)
 
     def _look(self, names: Iterable[str] | None) -> bool:

@@ -262,6 +262,17 @@ def _a_withdrawn_record_goes(place: _Place) -> None:
     views.expect([_record(1)], "close withdraws the record, and may be called twice")
 
 
+def _what_is_fresh_was_delivered(place: _Place) -> None:
+    registry, other = place.open(), place.open()
+    views = place.watched(registry)
+    for number in range(50):
+        other.announce(_record(1, version=str(number)))
+        if registry.is_fresh():
+            _expect(views.last == (_record(1, version=str(number)),), "a registry that says it is fresh has delivered")
+        if number % 2:
+            registry.refresh()
+
+
 def _a_closed_registry_is_silent(place: _Place) -> None:
     closed, open_ = place.open(), place.open()
     silent, views = place.watched(closed), place.watched(open_)
@@ -378,6 +389,7 @@ _CHECKS = (
     _the_view_is_delivered_only_when_it_changed,
     _a_record_is_replaced,
     _a_withdrawn_record_goes,
+    _what_is_fresh_was_delivered,
     _a_closed_registry_is_silent,
     _servers_may_share_a_name,
     _deliver_may_ask_for_a_refresh,

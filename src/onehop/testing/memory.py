@@ -274,6 +274,9 @@ class MemoryRegistry:
     def refresh(self) -> None:
         """Nothing: every change is told at once."""
 
+    def is_fresh(self) -> bool:
+        return True
+
     def close(self) -> None:
         self.deliver = None
         self._records.change(self, lambda: self._hold(None), stays=False)

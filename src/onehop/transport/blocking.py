@@ -59,6 +59,25 @@ class BlockingLink(Link):
         self._out.append((call, frame))
         self._turn()
 
+    def put(self, call: Call, frame: Frame) -> None:
+        if type(frame) is bytes and not self._waiting and self._lock.acquire(False):
+            try:
+                if self.ended is None and not self._out:
+                    call.sent = True
+                    call.sent = self.socket.send(frame)
+            finally:
+                self._lock.release()
+            if self._waiting:  # since a moment: the send may have eaten the edge
+                self._wake.set()
+        if not call.sent:
+            self._out.append((call, frame))
+        self._turn()
+
+    def glance(self) -> None:
+        if not self._waiting and self._lock.acquire(False) and self._pump(None, 1) and self._waiting:
+            self._wake.set()  # as in _turn
+        self._turn()
+
     def exchange(self, call: Call, frame: Frame) -> None:
         """Send the registered ``call`` and wait until it has news, or its deadline has come."""
         if len(self.calls.pending) > 1:

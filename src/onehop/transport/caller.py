@@ -408,7 +408,7 @@ class Caller(ABC):
             frame = wire.request(kind, flags, id, attempt.until - monotonic(), monitor, section, body)
         if link.ended is not None and link.calls.give_up(call):
             raise attempt.not_sent()
-        link.post(call, frame)
+        link.put(call, frame)
 
     def _refuse(self, terms: Terms, method: str, size: int) -> NoReturn:
         if self.closed:
@@ -468,7 +468,7 @@ class Caller(ABC):
                 # Each has been tried once. Another round after a pause, or when the view changes.
                 await self._wait_for_change(self.protocol.routes, min(ready, monotonic() + attempt.pause))
                 attempt.pause *= 2
-                tried.clear()
+                tried = attempt.tried = ()
             elif not await self.wait_for(lambda: bool(self.protocol.routes.of(terms.service, terms.server)), ready):
                 if self.closed:
                     raise errors.NodeClosed("this node was closed while a request waited for a server")
@@ -477,7 +477,7 @@ class Caller(ABC):
     def _again(self, attempt: Attempt, error: errors.CallError) -> None:
         """Note that the route failed; returns if the request may go to another, raises ``error`` if not."""
         terms = attempt.terms
-        attempt.tried.append(attempt.route)
+        attempt.tried += (attempt.route,)
         attempt.error = error
         attempt.may_have_run |= error.executed == "unknown"
         record, idempotent = attempt.record, terms.idempotent
@@ -519,16 +519,13 @@ class Caller(ABC):
         if self.closed or len(body) > self.settings.max_message:
             self._refuse(terms, method, len(body))
         now = monotonic()
-        until = now + terms.timeout
-        request = serving.get()
-        if request is not None and request.deadline is not None:
-            until = min(until, request.deadline)
-        await self._cold(self.registry.refresh)
+        if not self.registry.is_fresh():
+            await self._cold(self.registry.refresh)
         with self.lock:
             self.protocol.rouse()
         everyone: list[Attempt] = []
         try:
-            await self._scatter(everyone, terms, kind, flags, method, body, now, until)
+            await self._scatter(everyone, terms, kind, flags, method, body, now)
         except BaseException:  # who asked was interrupted, or cancelled
             for attempt in everyone:
                 if attempt.error is None and attempt.under_way:
@@ -537,16 +534,12 @@ class Caller(ABC):
         return everyone
 
     async def _scatter(
-        self,
-        everyone: list[Attempt],
-        terms: Terms,
-        kind: int,
-        flags: int,
-        method: str,
-        body: Body,
-        now: float,
-        until: float,
+        self, everyone: list[Attempt], terms: Terms, kind: int, flags: int, method: str, body: Body, now: float
     ) -> None:
+        until = now + terms.timeout
+        request = serving.get()
+        if request is not None and request.deadline is not None:
+            until = min(until, request.deadline)
         waiting = []
         for route in self.protocol.routes.distinct(terms.service, terms.server):
             attempt = Attempt(terms, method, until, now)
@@ -574,6 +567,8 @@ class Caller(ABC):
                     attempt.error = error
             waiting = silent
         for attempt in everyone:
+            if attempt.error is None and attempt.call.outcome is None:
+                attempt.link.glance()
             if attempt.error is None and attempt.call.outcome not in WELL:
                 try:
                     await self.outcome(attempt)

@@ -63,6 +63,7 @@ class Inbound:
         self._inline: deque[Request] = deque()
         self._asleep = False
         self._alone = False
+        self._wanting: deque[None] = deque()
         self._watched: dict[Queue, int] = {}
         self._watched_at = 0.0
         self._received_at = self._lone_at = 0.0
@@ -118,9 +119,12 @@ class Inbound:
     def _hold(self) -> None:
         """Take ``_lock``, from a leader that keeps it while it waits too."""
         if not self._lock.acquire(False):
-            self._calm = 0  # not to take it again before us
-            self._wake.set()
-            self._lock.acquire()
+            self._wanting.append(None)
+            try:
+                self._wake.set()
+                self._lock.acquire()
+            finally:
+                self._wanting.pop()
 
     def turn(self, queue: Queue | None = None) -> None:
         """Send and receive for everybody, unless somebody who will look again has the socket.
@@ -193,18 +197,16 @@ class Inbound:
                 incoming, inbox, again = self._incoming, self._inbox, self._found
                 if self._calm <= CALM:
                     more = self.socket.drain(BATCH, incoming)
-                elif not own:
+                elif not own or self._wanting:
                     # While requests come one by one, a second look behind each would find nothing, and cost as much;
                     # the sending of the answer is followed by one.
                     more = self.socket.drain(1, incoming)
                 else:
                     # Nor does anybody want the lock: the answer is sent and the next request read in one hold. Whoever
-                    # comes finds it taken, then sees _alone and ends the wait; or has queued before we look at _out.
+                    # comes finds it taken, then sees _alone and ends the wait; or has queued before we look.
                     self._alone = more = True
-                    if not self._out:
+                    if not self._out and not self._wanting:
                         again = not self.socket.receive(self._wake, int(LONGEST_WAIT) * 1000, incoming)
-                        if not incoming:
-                            self._calm = 0
                 self._found = bool(incoming)
                 if incoming:
                     # A crowd's are there before they are waited for; a lone caller's are that, too, now and then.

@@ -85,6 +85,14 @@ class Link(ABC):
     def post(self, call: Call | None, frame: Frame) -> None:
         """Queue ``frame`` and see that it is sent; does not wait. ``call.sent`` tells when it left."""
 
+    def put(self, call: Call, frame: Frame) -> None:
+        """:meth:`post`, for one who will look for the answer: it may be sent without a look for what came."""
+        self.post(call, frame)
+
+    @abstractmethod
+    def glance(self) -> None:
+        """Take in one message, if it is there and nobody else does."""
+
     @abstractmethod
     def look(self) -> None:
         """Send and receive what is there, if nobody else does: for links on which nobody waits."""

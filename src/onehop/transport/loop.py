@@ -59,6 +59,9 @@ class LoopLink(Link):
             self._called = True
             self._loop.call_soon(self.look)
 
+    def glance(self) -> None:
+        """Nothing: the loop reads what comes."""
+
     def look(self) -> None:
         self._called = False
         if self._closed:

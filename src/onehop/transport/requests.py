@@ -60,7 +60,7 @@ class Terms:
 
     def section(self, server: str, method: str) -> bytes:
         """The address of ``method`` at ``server``, made once."""
-        sections = self.sections.setdefault(server, {})
+        sections = self.sections.get(server) or self.sections.setdefault(server, {})
         section = sections.get(method)
         if section is None:
             if len(sections) > 4096:
@@ -95,7 +95,7 @@ class Attempt:
     started: float
     under_way: bool = False
     chosen: Route | None = None
-    tried: list[Route] = field(default_factory=list)
+    tried: tuple[Route, ...] = ()
     error: CallError | None = None
     may_have_run: bool = False
     pause: float = 0.05

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import struct
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import zmq
 
@@ -306,21 +307,28 @@ class _Inbound(_Socket):
 
 
 class ZmqCarrier:
-    """Carries messages over ZeroMQ; one context with one I/O thread.
+    """Carries messages over ZeroMQ, in one context with one I/O thread for all carriers of this process.
 
     Args:
         mode: of the file that is the socket, where it listens on one: who may connect.
     """
 
+    _sharing = threading.Lock()
+    _context: zmq.Context[Any] | None = None
+    _carriers: ClassVar[set[ZmqCarrier]] = set()
+    _inherited: ClassVar[list[Any]] = []
+
     def __init__(self, mode: int = 0o600) -> None:
         self._mode = mode
-        self._context: zmq.Context[Any] | None = None
 
     def _get_context(self) -> zmq.Context[Any]:
-        if self._context is None:
-            self._context = zmq.Context()
-            self._context.set(zmq.MAX_SOCKETS, min(self._context.get(zmq.SOCKET_LIMIT), 65_535))
-        return self._context
+        with ZmqCarrier._sharing:
+            ZmqCarrier._carriers.add(self)
+            if ZmqCarrier._context is None:
+                ZmqCarrier._context = zmq.Context()
+                most = ZmqCarrier._context.get(zmq.SOCKET_LIMIT)
+                ZmqCarrier._context.set(zmq.MAX_SOCKETS, min(most, 65_535))
+            return ZmqCarrier._context
 
     def bind(self, endpoint: str) -> _Inbound:
         check_descriptors(16)
@@ -334,8 +342,21 @@ class ZmqCarrier:
         return _Link(self._get_context(), endpoint)
 
     def close(self) -> None:
-        if self._context is not None:
-            # Its owner has closed every socket (a link that failed while it was made excepted); what the inbound one
-            # still lets leave is waited for.
-            self._context.destroy(linger=0)
-            self._context = None
+        with ZmqCarrier._sharing:
+            ZmqCarrier._carriers.discard(self)
+            context = ZmqCarrier._context
+            if ZmqCarrier._carriers or context is None:
+                return
+            ZmqCarrier._context = None
+        # Their owners have closed every socket (a link that failed while it was made excepted); what the inbound ones
+        # still let leave is waited for.
+        context.destroy(linger=0)
+
+    @classmethod
+    def forget(cls) -> None:
+        """In a forked child: begin anew. The parent's context is not touched; and kept, as dropping would end it."""
+        cls._inherited.append(cls._context)
+        cls._sharing, cls._context, cls._carriers = threading.Lock(), None, set()
+
+
+os.register_at_fork(after_in_child=ZmqCarrier.forget)
