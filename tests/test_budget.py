@@ -19,7 +19,7 @@ from onehop.testing.memory import Network
 from onehop.transport.native import native
 
 CALLER = {"zmq": (13, 24), "zmq, pure": (22, 26), "memory": (25, 44)}
-SERVER = {"zmq": (22, 40), "zmq, pure": (29, 39), "memory": (29, 52)}
+SERVER = {"zmq": (18, 35), "zmq, pure": (29, 39), "memory": (29, 52)}
 """Python functions and built-in ones."""
 ROUNDS = 100
 BATCHES = 5

@@ -230,6 +230,7 @@ class RealCloud:
         self._numbers = 0
         self._clients: dict[Any, Client] = {}
         self._raw: list[Any] = []
+        self._draining: list[threading.Thread] = []
         self.runs: list[int] = []
 
     def number(self) -> int:
@@ -281,7 +282,9 @@ class RealCloud:
         node.close()
 
     def drain(self, node: Node) -> None:
-        threading.Thread(target=node.close, kwargs={"drain": True}, daemon=True).start()
+        draining = threading.Thread(target=node.close, kwargs={"drain": True}, daemon=True)
+        draining.start()
+        self._draining.append(draining)
 
     def vanish_and_return(self, node: Node, client: Node) -> None:
         """The record goes, is forgotten, and comes back, while the node lives."""
@@ -317,6 +320,8 @@ class RealCloud:
     def close(self) -> None:
         for link in self._raw:
             link.close(0.0)
+        for draining in self._draining:
+            draining.join(30.0)
 
 
 class LoopCloud(RealCloud):

@@ -210,8 +210,10 @@ class Inbound:
                 self._found = bool(incoming)
                 if incoming:
                     # A crowd's are there before they are waited for; a lone caller's are that, too, now and then.
-                    calm = 0 if len(incoming) > 1 else self._calm - 2 if again else self._calm + 1
-                    self._calm = min(max(calm, 0), 2 * CALM)
+                    if again or len(incoming) > 1:
+                        self._calm = self._calm - 2 if len(incoming) == 1 and self._calm > 2 else 0
+                    elif self._calm < 2 * CALM:
+                        self._calm += 1
                     self._received_at = now = monotonic()
                     inbox.receive_all(incoming, now, moved)
                     if inbox.outgoing:
@@ -258,7 +260,8 @@ class Inbound:
                 self._watched.setdefault(target, -1)
                 continue  # one worker is woken for a batch
             filled = target
-            self._calm = min(self._calm, CALM)
+            if self._calm > CALM:
+                self._calm = CALM
             if target is mine:
                 mine = None  # the first is taken by who asks
             else:
