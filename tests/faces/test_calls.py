@@ -249,6 +249,7 @@ def test_expired_request_is_not_run(node, gate, eventually) -> None:
     gate.wait_entered()
     with pytest.raises(CallTimeout):
         client.options(timeout=0.05).call("hold")
+    eventually(lambda: serving.statistics().received.get("cancelled") == 1)  # its caller's word, or its own deadline
     gate.open.set()
     first.result()
     assert client.call("read") == 1

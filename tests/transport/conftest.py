@@ -17,6 +17,7 @@ from onehop.transport.blocking import BlockingLink
 from onehop.transport.carrier import InboundSocket, LinkSocket
 from onehop.transport.inbound import Inbound
 from onehop.transport.queue import Queue
+from onehop.transport.waiting import Wake
 
 SERVER = b"server-node-0001"
 CALLER = b"caller-node-0001"
@@ -67,6 +68,7 @@ class ScriptedLink(LinkSocket):
         found: the same, at the end of each look, when what was there has been taken.
         looked: how many looks there were.
         limits: the limit of each of them.
+        waits: the milliseconds of each exchange.
     """
 
     def __init__(self, foresees: bool = True) -> None:
@@ -80,6 +82,7 @@ class ScriptedLink(LinkSocket):
         self.found: deque[Callable[[], Any]] = deque()
         self.looked = 0
         self.limits: list[int] = []
+        self.waits: list[int] = []
         self.closed = False
 
     def signal(self) -> None:
@@ -100,6 +103,10 @@ class ScriptedLink(LinkSocket):
         assert not self.closed
         self.limits.append(limit)
         return look(self, limit, lambda frame: into.append((frame, None)))
+
+    def exchange(self, frame: bytes, wake: Wake, milliseconds: int, into: list[tuple[bytes, Body | None]]) -> bool:
+        self.waits.append(milliseconds)
+        return LinkSocket.exchange(self, frame, wake, milliseconds, into)
 
     def ended(self) -> str | None:
         return None

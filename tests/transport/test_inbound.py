@@ -12,7 +12,7 @@ from tests.transport.conftest import InboundBench
 
 from onehop.protocol import wire
 from onehop.protocol.inbox import Request
-from onehop.transport.inbound import BATCH, HELD_UP
+from onehop.transport.inbound import BATCH, CALM, HELD_UP
 from onehop.transport.queue import LENT, TOGETHER, Queue
 
 SOON = 2.0
@@ -480,7 +480,7 @@ class Lending:
         self.ran.append(threading.current_thread().name)
         self.within()
         self.running -= 1
-        self.bench.inbound.answer(request, answer_of(request))
+        self.bench.inbound.put(request, answer_of(request))
 
     def ask(self, method: str = "read") -> None:
         self.bench.arrive(self.bench.request("clock", method))
@@ -490,8 +490,12 @@ class Lending:
         """The name of the thread that ran a request that came alone."""
         ran, answered = len(self.ran), len(self.bench.socket.sent)
         self.ask(method)
-        self.eventually(lambda: len(self.bench.socket.sent) > answered)
+        self.eventually(lambda: len(self.bench.socket.sent) > answered and len(self.ran) > ran)
         return self.ran[ran]
+
+    def until_alone(self) -> None:
+        """Until the receiver has run so many that one which comes early does not end the calm."""
+        self.eventually(lambda: self.serve() and self.bench.inbound._calm > CALM + 20, within=20.0)
 
     def until_lent(self, method: str = "read") -> None:
         self.eventually(lambda: self.serve(method) == "onehop-receiver")
@@ -586,6 +590,94 @@ def test_request_that_came_while_the_only_place_was_lent_is_run(make_lending: Ca
     lending.eventually(lambda: not bench.inbox.taken)
     assert len(lending.ran) >= ran + 2
     assert lending.together == 1
+
+
+def test_inline_request_that_another_thread_took_in_during_a_lent_run_is_run_before_the_next_wait(
+    lending: Lending,
+) -> None:
+    bench = lending.bench
+    inline: list[Request] = []
+    bench.offer("alarm", Queue(inline.append, 0, ["read"], frozenset(["read"])))
+
+    lending.until_alone()
+    pumped: list[str] = []
+
+    def pump() -> None:
+        if threading.current_thread().name == "onehop-receiver" and not pumped:
+            pumped.append("once")
+            bench.arrive(bench.request("alarm"))
+            bench.inbound._lock.acquire()
+            bench.inbound._pump()  # as a thread that answers does
+
+    lending.within = pump
+    lending.eventually(lambda: lending.serve() and bool(pumped))
+    lending.eventually(lambda: inline)  # and nothing more comes that could wake it
+
+
+def test_answer_that_waits_leaves_before_a_lent_run_begins(lending: Lending) -> None:
+    bench = lending.bench
+    other = bench.offer("alarm")
+    requests: list[Request] = []
+    for _ in range(20):
+        take_in(bench, "alarm")
+        request = bench.inbound.take(other, far())
+        assert request is not None
+        requests.append(request)
+    lending.until_alone()
+    waits: list[int] = []
+    lending.within = lambda: waits.append(len(bench.inbound._out))
+
+    def lent() -> bool:
+        request = requests.pop()
+
+        def answer() -> None:  # in the look that takes the next request in: whoever has the lock is to send it
+            if bench.inbound._incoming:
+                bench.inbound.put(request, answer_of(request))
+            else:
+                bench.socket.found.append(answer)
+
+        bench.socket.found.append(answer)
+        return lending.serve() == "onehop-receiver"
+
+    lending.eventually(lent)
+    assert waits[-1] == 0
+
+
+def test_receiver_outlives_a_run_that_raises_beside_its_answer(lending: Lending) -> None:
+    def fail() -> None:
+        if threading.current_thread().name == "onehop-receiver":
+            raise OSError("the log is full")
+
+    lending.within = fail
+    bench = lending.bench
+
+    def asked() -> bool:
+        taken, answered = len(lending.ran), len(bench.socket.sent)
+        lending.ask()
+        lending.eventually(lambda: len(bench.socket.sent) > answered or not bench.inbox.taken)
+        return "onehop-receiver" in lending.ran[taken:]
+
+    lending.eventually(asked)
+    lending.within = lambda: None
+    lending.running = 0
+    assert lending.serve("other")
+    assert bench.inbound._lead.locked()
+    assert bench.inbound._lent_runs == {}
+
+
+def test_request_that_comes_when_all_workers_have_ended_is_run(inbound_bench: InboundBench, eventually) -> None:
+    ran: list[Request] = []
+    queue = Queue(ran.append, 1, ["read"])
+    inbound_bench.offer("clock", queue)
+    take_in(inbound_bench, "clock")
+    inbound_bench.inbound.look(time.monotonic())
+    eventually(lambda: len(ran) == 1 and queue.idle)
+    queue.stop()
+    eventually(lambda: queue._started == 0)
+    take_in(inbound_bench, "clock")
+    inbound_bench.inbound.look(time.monotonic())
+    eventually(lambda: len(ran) == 2)
+    eventually(lambda: queue._started == 0)
 
 
 @pytest.mark.parametrize("what", ["stop", "close"])

@@ -558,3 +558,23 @@ def test_close_waits_for_the_leader_and_the_socket_is_not_used_after_it(
     assert waiting.result(SOON) is True
     bench.link.look()
     bench.link.post(None, wire.pack(wire.CANCEL, id=7))
+
+
+def test_lone_call_whose_deadline_has_passed_is_sent_and_not_waited_for(bench: LinkBench) -> None:
+    call, frame = bench.begin()
+    call.deadline = time.monotonic() - 1.0
+    began = time.monotonic()
+    bench.link.exchange(call, frame)
+    assert time.monotonic() - began < SOON
+    assert call.outcome is None
+    assert bench.socket.sent == [frame]
+    assert bench.socket.waits == [1], "less than 0 is for ever"
+
+
+def test_link_whose_lock_somebody_keeps_is_not_given_back_and_holds_up_nobody(bench: LinkBench) -> None:
+    bench.link.end("over")
+    with bench.link._lock:
+        assert bench.link.close(0.0) is False
+    assert not bench.socket.closed
+    assert bench.link.close(0.0) is True
+    assert bench.socket.closed

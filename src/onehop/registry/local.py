@@ -483,7 +483,7 @@ class _Watch:
             self._inotify.close()
 
     def _run(self) -> None:
-        full_look_at = time.monotonic() + self._period()
+        full_look_at, missed = time.monotonic() + self._period(), False
         # Closed by a process that held it: the kernel tells just before it drops the lock, so a lock that is still
         # there is looked at a few times more.
         doubtful: dict[str, int] = {}
@@ -508,16 +508,16 @@ class _Watch:
             names = {name for name in (*changes.names, *changes.closed, *doubtful) if name.endswith(".json")}
             doubtful = {name: left - 1 for name, left in doubtful.items() if left > 1}
             doubtful |= {name: _DOUBT_LOOKS for name in changes.closed if name.endswith(".json")}
-            began, went_well = time.monotonic(), True
+            began = time.monotonic()
             if changes.incomplete or began >= full_look_at:
                 full_look_at = time.monotonic() + POLL_PERIOD
                 watches = self._watches_again()  # before the look, so that nothing happens unseen between the two
-                went_well = self._look(None) and watches and not changes.incomplete
-                if went_well:
+                missed = not (self._look(None) and watches and not changes.incomplete)
+                if not missed:
                     full_look_at = time.monotonic() + self._period()
-            elif names:
-                went_well = self._look(names)
-            self._seen_all = went_well and not doubtful
+            elif names and not self._look(names):
+                missed, full_look_at = True, min(full_look_at, began + POLL_PERIOD)
+            self._seen_all = not (missed or doubtful)
             rest = min(_REST * (time.monotonic() - began), _LONGEST_REST)
 
     def _look(self, names: Iterable[str] | None) -> bool:

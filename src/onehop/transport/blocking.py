@@ -91,10 +91,10 @@ class BlockingLink(Link):
             incoming = self._incoming
             moved: list[Call] = []
             try:
-                if self.ended is None and not self._out:
+                if self.ended is None and not self._out and not self._waiting:
                     call.sent = True
-                    left = call.deadline - monotonic()
-                    milliseconds = int(left * 1000) + 1 if left < LONGEST_WAIT else int(LONGEST_WAIT) * 1000
+                    left = min(max(call.deadline - monotonic(), 0.0), LONGEST_WAIT)
+                    milliseconds = int(left * 1000) + 1  # never below 0, which would be for ever
                     call.sent = self.socket.exchange(frame, self._wake, milliseconds, incoming)
                 if incoming:
                     self._take_in(moved)
@@ -175,7 +175,12 @@ class BlockingLink(Link):
         self._leader = call
         lock = self._lock
         try:
-            lock.acquire()
+            if not lock.acquire(False):
+                if call is None:
+                    return
+                if self._alone:  # or it has not looked yet whether somebody waits
+                    self._wake.set()
+                lock.acquire()
             while True:
                 more = self._pump(call, BATCH)
                 if call is None or call.outcome is not None or call.signs != seen:
@@ -227,10 +232,9 @@ class BlockingLink(Link):
         if not acquire(self._lead, PATIENCE):
             return False
         try:
-            self._give_back(linger)
+            return self._give_back(linger)
         finally:
             self._lead.release()
-        return True
 
 
 def run(steps: Coroutine[Any, Any, Result]) -> Result:

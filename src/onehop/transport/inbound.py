@@ -8,8 +8,10 @@ asyncio node the loop does it; and where nobody is there, the housekeeping threa
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -20,6 +22,8 @@ from onehop.protocol.wire import Frame
 from onehop.transport.carrier import InboundSocket
 from onehop.transport.queue import FOREVER, TOGETHER, Queue
 from onehop.transport.waiting import LONGEST_WAIT, PATIENCE, Wake, acquire, new_lock, release, start_thread
+
+log = logging.getLogger("onehop")
 
 BATCH = 64
 """Messages read in one hold of the lock."""
@@ -119,8 +123,8 @@ class Inbound:
     def _hold(self) -> None:
         """Take ``_lock``, from a leader that keeps it while it waits too."""
         if not self._lock.acquire(False):
-            self._wanting.append(None)
             try:
+                self._wanting.append(None)
                 self._wake.set()
                 self._lock.acquire()
             finally:
@@ -205,8 +209,8 @@ class Inbound:
                     # Nor does anybody want the lock: the answer is sent and the next request read in one hold. Whoever
                     # comes finds it taken, then sees _alone and ends the wait; or has queued before we look.
                     self._alone = more = True
-                    if not self._out and not self._wanting:
-                        again = not self.socket.receive(self._wake, int(LONGEST_WAIT) * 1000, incoming)
+                    if not (self._out or self._wanting or self._inline or self._watched):
+                        again = not self.socket.receive(self._wake, int(LONGEST_WAIT) * 1000, incoming) and again
                 self._found = bool(incoming)
                 if incoming:
                     # A crowd's are there before they are waited for; a lone caller's are that, too, now and then.
@@ -273,7 +277,9 @@ class Inbound:
                     self.refuse(request, "full")
             if target.run is not None and len(target.tasks) > 1:
                 self._watched.setdefault(target, -1)
-        if not leading and ((self._watched and self.resting) or (self._inline and self._asleep)):
+        if not leading and (
+            (self._watched and (self.resting or self._alone)) or (self._inline and (self._asleep or self._alone))
+        ):
             self._wake.set()
 
     def _run_inline(self) -> None:
@@ -281,7 +287,10 @@ class Inbound:
         inline, kept = self._inline, 0
         while inline:
             request = inline.popleft()
-            request.target.run(request)
+            try:
+                request.target.run(request)
+            except Exception as error:
+                self._note_broken(request, error)
             kept += 1
             if kept >= TOGETHER:
                 kept = 0
@@ -320,38 +329,64 @@ class Inbound:
         """
         assert self._lent is not None
         (request, place), self._lent = self._lent, None
+        if self._out:
+            self.turn()
         queue: Queue = request.target
         self._lent_at = began = monotonic()
         self._lent_runs[began] = request
-        if self._guard is None or self._guard_rests:
-            self._see_guarded()
+        if (self._guard is None or self._guard_rests) and not self._see_guarded():
+            del self._lent_runs[began]
+            queue.idle.append(place)
+            queue.put(request)
+            return True
         queue.begun += 1
-        queue.run(request)  # type: ignore[misc]
+        try:
+            queue.run(request)  # type: ignore[misc]
+        except Exception as error:
+            self._note_broken(request, error)
         leads = self._lent_runs.pop(began, None) is not None
         queue.take_back(place, request.names[2], monotonic() - began, held_up=not leads)
         if not leads:
             self.turn()
         return leads
 
-    def _see_guarded(self) -> None:
+    def _note_broken(self, request: Request, error: Exception) -> None:
+        """What runs requests turns every exception into an answer. This one was met beside that, perhaps in the log."""
+        self.counts["requests whose run broke"] += 1
+        self.put(request, None)
+        with suppress(Exception):
+            log.error("the run of %r of %r broke; its caller hears nothing", *request.names[::-2], exc_info=error)
+
+    def _see_guarded(self) -> bool:
+        """See that somebody watches the receiver; False where the machine gives no thread for it."""
         if self._guard is None:
-            self._guard = new_lock()
-            self._guard.acquire()
-            start_thread("onehop-guard", self._guard_receiver)
+            guard = self._guard = new_lock()
+            guard.acquire()
+            try:
+                start_thread("onehop-guard", self._guard_receiver, guard)
+            except RuntimeError:
+                self._guard = None
+                return False
         elif self._guard_rests:
             self._guard_rests = False
             release(self._guard)
+        return True
 
-    def _guard_receiver(self) -> None:
+    def _guard_receiver(self, guard: Any) -> None:
         """Have another thread receive where a handler holds up the one that does."""
         runs, seen = self._lent_runs, None
-        while not self.closing or runs:
-            if monotonic() - self._lent_at > GUARDED and not runs:
+        while True:
+            if not runs and monotonic() - self._lent_at > GUARDED:
                 self._guard_rests = True
                 if not runs and not self.closing:  # looked at after others can see that we rest
-                    self._guard.acquire()
+                    guard.acquire()
                 self._guard_rests = False
-            acquire(self._guard, HELD_UP)
+            if self.closing and not runs:
+                self._guard = None
+                if not runs:  # looked at after others can see that we are gone
+                    return
+                self._guard = guard
+            acquire(guard, HELD_UP)
             run = next(iter(list(runs)), None)
             if run is not None and run == seen:
                 try:
@@ -513,8 +548,9 @@ class Inbound:
         """
         self.closing = True
         self._wake.set()
-        if self._guard is not None:
-            release(self._guard)
+        guard = self._guard
+        if guard is not None:
+            release(guard)
         if not acquire(self._lead, PATIENCE):
             return False  # an inline handler hangs: the socket stays with the thread that has it
         with self._lock:

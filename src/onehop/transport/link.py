@@ -238,8 +238,13 @@ class Link(ABC):
         self._lock = new_lock()
         self.calls.lose(self.ended)
 
-    def _give_back(self, linger: float) -> None:
-        with self._lock:
+    def _give_back(self, linger: float) -> bool:
+        if not acquire(self._lock, PATIENCE):
+            return False
+        try:
             if not self._closed:
                 self._closed = True
                 self.socket.close(linger)
+        finally:
+            self._lock.release()
+        return True

@@ -104,8 +104,7 @@ class LoopLink(Link):
         return first
 
     def close(self, linger: float) -> bool:
-        self._give_back(linger)
-        return True
+        return self._give_back(linger)
 
 
 class LoopEngine(Engine):

@@ -141,6 +141,10 @@ class Queue:
                     kept = 0
                     self.inbound.turn(self)
                 elif self.stopped:
+                    with self._starting:
+                        self._started -= 1
+                    if tasks:  # it came as we left
+                        self.wake_one()
                     return
                 else:
                     self._sleep(lock)

@@ -313,7 +313,7 @@ class ZmqCarrier:
         mode: of the file that is the socket, where it listens on one: who may connect.
     """
 
-    _sharing = threading.Lock()
+    _sharing = threading.RLock()  # reentrant: a signal handler may send in the thread that it interrupts in here
     _context: zmq.Context[Any] | None = None
     _carriers: ClassVar[set[ZmqCarrier]] = set()
     _inherited: ClassVar[list[Any]] = []
@@ -325,9 +325,10 @@ class ZmqCarrier:
         with ZmqCarrier._sharing:
             ZmqCarrier._carriers.add(self)
             if ZmqCarrier._context is None:
-                ZmqCarrier._context = zmq.Context()
-                most = ZmqCarrier._context.get(zmq.SOCKET_LIMIT)
-                ZmqCarrier._context.set(zmq.MAX_SOCKETS, min(most, 65_535))
+                made = zmq.Context()
+                made.set(zmq.MAX_SOCKETS, min(made.get(zmq.SOCKET_LIMIT), 65_535))
+                if ZmqCarrier._context is None:
+                    ZmqCarrier._context = made
             return ZmqCarrier._context
 
     def bind(self, endpoint: str) -> _Inbound:
@@ -342,6 +343,7 @@ class ZmqCarrier:
         return _Link(self._get_context(), endpoint)
 
     def close(self) -> None:
+        """See :meth:`Carrier.close`; the last carrier to close waits for what all of them still let leave."""
         with ZmqCarrier._sharing:
             ZmqCarrier._carriers.discard(self)
             context = ZmqCarrier._context
@@ -356,7 +358,7 @@ class ZmqCarrier:
     def forget(cls) -> None:
         """In a forked child: begin anew. The parent's context is not touched; and kept, as dropping would end it."""
         cls._inherited.append(cls._context)
-        cls._sharing, cls._context, cls._carriers = threading.Lock(), None, set()
+        cls._sharing, cls._context, cls._carriers = threading.RLock(), None, set()
 
 
 os.register_at_fork(after_in_child=ZmqCarrier.forget)
