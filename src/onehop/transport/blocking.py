@@ -93,8 +93,10 @@ class BlockingLink(Link):
             try:
                 if self.ended is None and not self._out and not self._waiting:
                     call.sent = True
-                    left = min(max(call.deadline - monotonic(), 0.0), LONGEST_WAIT)
-                    milliseconds = int(left * 1000) + 1  # never below 0, which would be for ever
+                    left = call.deadline - monotonic()
+                    if left > LONGEST_WAIT:
+                        left = LONGEST_WAIT
+                    milliseconds = int(left * 1000) + 1 if left > 0 else 0  # below 0 would be for ever
                     call.sent = self.socket.exchange(frame, self._wake, milliseconds, incoming)
                 if incoming:
                     self._take_in(moved)
