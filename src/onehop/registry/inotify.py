@@ -6,8 +6,6 @@ import ctypes
 import fcntl
 import os
 import struct
-import termios
-from array import array
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +14,10 @@ _Q_OVERFLOW, _IGNORED = 0x4000, 0x8000
 _ONLYDIR = 0x0100_0000
 
 _EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name that follows
+
+
+_FIONREAD = 0x541B  # how many bytes can be read; where it has another number, ioctl refuses this one
+_NO_BYTES = bytes(4)
 
 
 class Changes(NamedTuple):
@@ -59,9 +61,7 @@ class Inotify:
 
     def is_quiet(self) -> bool:
         """Whether :meth:`read` would tell nothing."""
-        waiting = array("i", (0,))
-        fcntl.ioctl(self.descriptor, termios.FIONREAD, waiting)
-        return not waiting[0]
+        return fcntl.ioctl(self.descriptor, _FIONREAD, _NO_BYTES) == _NO_BYTES
 
     def read(self) -> Changes:
         """What happened; call it when the descriptor is readable."""
