@@ -71,7 +71,11 @@ def _with_big_integers(value: Any) -> Any:
 
 
 def decode_arguments(body: bytes | memoryview) -> tuple[list[Any], dict[str, Any]] | None:
-    """The arguments and keywords that ``body`` holds; None where it holds another value, or none."""
+    """The arguments and keywords that ``body`` holds; None where it holds another value, or none.
+
+    Raises:
+        DecodeError: it holds a MessagePack extension that is not onehop's.
+    """
     try:
         return _decode_arguments(body)
     except (msgspec.DecodeError, RecursionError, ValueError, OverflowError):

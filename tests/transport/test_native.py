@@ -494,7 +494,7 @@ def test_receive_waits_for_one_message_and_takes_no_second(native: Any, pair: An
     into: list[Any] = []
     waiting = background(native.receive_from, router.underlying, router.fd, wake, -1, into)
     dealer.send_multipart([b"x", b"body"])
-    assert waiting.result() in (True, False)  # the message may be quicker than the thread
+    waiting.result()
     assert plain(into) == [(identity, b"x", b"body")]
     for frame in (b"y", b"z"):
         dealer.send(frame)

@@ -15,7 +15,6 @@ _ONLYDIR = 0x0100_0000
 
 _EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name that follows
 
-
 _FIONREAD = 0x541B  # how many bytes can be read; where it has another number, ioctl refuses this one
 _NO_BYTES = bytes(4)
 

@@ -4,6 +4,10 @@ As on a link, whoever holds the socket's lock sends and receives for all (and af
 an answer was queued meanwhile), and one thread leads. Who leads depends on who is there: a node that runs handlers has
 a receiving thread; one whose listeners are polled (the oslo driver) is received for by whichever listener waits; in an
 asyncio node the loop does it; and where nobody is there, the housekeeping thread looks now and then.
+
+While requests come one by one, the receiving thread keeps the lock while it waits for the next (whoever wants the lock
+ends the wait), and runs those of quick methods itself, in the place of an idle worker. A guard sees to it that another
+thread receives where such a run takes its time.
 """
 
 from __future__ import annotations
@@ -355,7 +359,7 @@ class Inbound:
         self.counts["requests whose run broke"] += 1
         self.put(request, None)
         with suppress(Exception):
-            log.error("the run of %r of %r broke; its caller hears nothing", *request.names[::-2], exc_info=error)
+            log.error("%r of %r broke; its caller hears nothing", request.method, request.service, exc_info=error)
 
     def _see_guarded(self) -> bool:
         """See that somebody watches the receiver; False where the machine gives no thread for it."""
