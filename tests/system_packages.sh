@@ -7,7 +7,11 @@ export PATH="$PATH:/usr/sbin:/sbin"
 
 missing=()
 command -v rabbitmq-server >/dev/null || missing+=(rabbitmq-server)
-command -v tc >/dev/null || missing+=(iproute2)
+command -v redis-server >/dev/null || missing+=(redis-server)
+command -v etcd >/dev/null || missing+=(etcd-server)
+[ -e /usr/share/java/zookeeper.jar ] || missing+=(zookeeper)
+command -v java >/dev/null || missing+=(default-jre-headless)
+command -v ip >/dev/null || missing+=(iproute2)
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then

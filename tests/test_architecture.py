@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "handlers": ("errors settings interfaces statistics payload", "msgspec"),
     "protocol": ("errors", ""),
     "transport": ("protocol errors settings interfaces statistics", "zmq"),
-    "registry": ("errors settings interfaces", "msgspec"),
+    "registry": ("errors settings interfaces", "msgspec kazoo redis urllib3"),
     "serving": (f"{LEAVES} protocol transport", "msgspec"),
     "faces": (f"{LEAVES} protocol transport registry", "msgspec"),
     "sync": (f"{LEAVES} protocol transport registry faces serving", "msgspec"),

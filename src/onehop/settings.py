@@ -33,6 +33,20 @@ class Settings:
     )
     group: str = _setting("", "group that shares the run directory (mode 0770 instead of 0700)")
     zone: str = _setting("", "a label for locality, carried in the record")
+    address: str = _setting(
+        "",
+        "IP address to listen at beyond this host, or a network (10.0.0.0/16) in which this host has one; empty "
+        "means the address from which the registry is reached",
+    )
+    advertise: str = _setting("", "IP address at which others reach this host, where it is another (translated)")
+    ports: str = _setting("9501-9564", "TCP ports to listen at, outside the kernel's ephemeral range")
+    insecure: bool = _setting(False, "listen beyond this host without keys: whoever reaches the port may call")
+    lease: float = _setting(6.0, "how long a registry keeps the record of a node that is silent, in seconds")
+    cache_directory: str = _setting(
+        "",
+        "where the last view of a registry is kept for a start without it; empty means /var/cache/onehop, "
+        "$XDG_CACHE_HOME/onehop or ~/.cache/onehop; 'none' means nowhere",
+    )
     timeout: float = _setting(60.0, "deadline of a call that names none, in seconds")
     ready_timeout: float = _setting(1.0, "how long a call waits for somebody to offer the service, in seconds")
     drain_timeout: float = _setting(10.0, "how long a drain waits for taken requests to be answered, in seconds")
@@ -41,6 +55,10 @@ class Settings:
     inbox_bytes: int = _setting(256 * 1024 * 1024, "bytes of requests taken in and not answered, at most")
     window_messages: int = _setting(4_096, "requests under way to one peer, at most")
     window_bytes: int = _setting(64 * 1024 * 1024, "bytes of large requests under way to one peer, at most")
+    subset: int = _setting(12, "nodes of a service among which a client's calls go round, at least")
+    idle_timeout: float = _setting(600.0, "how long an unused connection is kept, in seconds, give or take a fifth")
+    relay: bool = _setting(True, "pass fan-outs to very many receivers on for others")
+    fanout_direct: int = _setting(2_000, "receivers to which a fan-out goes without relays, at most")
     max_message: int = _setting(8 * 1024 * 1024, "bytes of one message, at most")
     stream_credit: int = _setting(32, "items a stream's writer may be ahead of its reader")
     duplicate_window: int = _setting(4_096, "how far out of order a request may come and still be known as new")
@@ -51,7 +69,7 @@ class Settings:
         for name in ("realm", "host"):
             if len(getattr(self, name).encode("utf-8", "replace")) > 255:
                 raise SettingsError(f"{name} is longer than 255 bytes: {getattr(self, name)[:40]!r}...")
-        for name in ("timeout", "drain_timeout"):
+        for name in ("timeout", "drain_timeout", "lease", "idle_timeout"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}; it must be a number of seconds above 0")
         if not self.ready_timeout >= 0:

@@ -14,7 +14,14 @@ from onehop.settings import Settings
 ENTRY_POINTS = "onehop.registries"
 
 # Ours are found without installed metadata, and nobody else's can take their place.
-_OURS = {"local": "onehop.registry.local:LocalRegistry"}
+_OURS = {
+    "local": "onehop.registry.local:LocalRegistry",
+    "hosts": "onehop.registry.hosts:HostsRegistry",
+    "file": "onehop.registry.hosts:HostsRegistry",
+    "zookeeper": "onehop.registry.zookeeper:open_registry",
+    "etcd": "onehop.registry.etcd:open_registry",
+    "redis": "onehop.registry.redis:open_registry",
+}
 
 
 def open_registry(url: str, settings: Settings) -> Registry:
