@@ -57,8 +57,10 @@ class Store(Protocol):
         for all services. Following what is followed already reads it once more.
         """
 
-    def publish(self, values: Mapping[str, bytes]) -> None:
-        """Put our keys, under our lease: the value of each service that we offer; those not named are withdrawn.
+    def publish(self, node: str, values: Mapping[str, bytes]) -> None:
+        """Put our keys, under our lease: the value of each service that ``node`` offers.
+
+        All other keys of ours are withdrawn: of services that are not named, and of the node id that we had before.
 
         What another session of ours left (an earlier lease, not yet expired) must not take them away again.
 
