@@ -30,7 +30,7 @@ from onehop.settings import Settings
 PORT = 2379
 OPTIONS = ("prefix", "tls", "ca", "cert", "key")
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 2.0  # seconds until the next server is tried
-PAGE = 500  # keys of one answer: the gateway passes none on above 4 MiB
+PAGE = 500  # keys of one answer: the gateway of older releases passes none on above 4 MiB
 OPERATIONS = 100  # of one transaction; etcd allows 128
 
 # What etcd says, with the code of gRPC that comes with it: what no waiting would mend, and what is so at every server.
@@ -66,11 +66,9 @@ def _check(place: Place) -> None:
     options = place.options
     if options.get("tls", "0") not in ("0", "1"):
         raise SettingsError(f"registry is {place.shown!r}: tls is {options['tls']!r}; it must be 0 or 1")
-    for each in ("ca", "cert", "key"):
-        if each in options and options.get("tls") != "1":
-            raise SettingsError(f"registry is {place.shown!r}: {each} has no meaning without tls=1")
-    if "key" in options and "cert" not in options:
-        raise SettingsError(f"registry is {place.shown!r}: key has no meaning without cert")
+    for each, other in (("ca", "tls"), ("cert", "tls"), ("key", "cert")):
+        if each in options and options.get(other, "0") == "0":
+            raise SettingsError(f"registry is {place.shown!r}: {each} has no meaning without {other}")
 
 
 class _ServerAway(StoreAway):
@@ -147,7 +145,7 @@ class EtcdStore(Store):
         self._next: dict[str, int] = {}  # by service followed: the revision from which changes are still to be told
         self._farewells: set[bytes] = set()  # keys that were told as withdrawn, and are not deleted yet
         self._lease = 0
-        self._keys: set[bytes] = set()  # that may be ours
+        self._keys: dict[bytes, bytes | None] = {}  # that may be ours, with what was put there; None: not known
 
     # --- what a store promises ---
 
@@ -170,13 +168,17 @@ class EtcdStore(Store):
 
     def publish(self, node: str, values: Mapping[str, bytes]) -> None:
         ours = {f"{self._prefix(service)}{quoted(node)}".encode(): value for service, value in values.items()}
-        gone = sorted(self._keys - ours.keys())
-        if not self._lease and (ours or gone):
+        gone = sorted(self._keys.keys() - ours.keys())
+        new = {key: value for key, value in ours.items() if self._keys.get(key) != value}
+        if not new and not gone:
+            self.keep()  # after a mere change of servers nobody writes, and nobody is told of it
+            return
+        if not self._lease:
             self._lease = self._ask("lease/grant", {"TTL": math.ceil(self._lease_length)}).lease
-        self._keys.update(ours)  # before: where the answer is lost, they may be there
-        self._put({**dict.fromkeys(gone, b""), **ours})
+        self._keys.update(dict.fromkeys(new))  # before: where the answer is lost, they may be there
+        self._put({**dict.fromkeys(gone, b""), **new})
         self._write([{"request_delete_range": {"key": each}} for each in gone])
-        self._keys = set(ours)
+        self._keys = dict(ours)
 
     def withdraw(self) -> None:
         if self._lease:
@@ -185,7 +187,7 @@ class EtcdStore(Store):
                 self._ask("lease/revoke", {"ID": self._lease})  # which deletes the keys
             except LeaseLost:
                 pass  # and so are the keys
-        self._lease, self._keys = 0, set()
+        self._lease, self._keys = 0, {}
 
     def keep(self) -> None:
         # A lease that is not known is answered with no time to live, not with an error.
@@ -200,19 +202,19 @@ class EtcdStore(Store):
     def close(self) -> None:
         self._end_stream()
         try:
-            if self._lease:
+            if self._lease and self._connection is not None:  # it answered last time
                 self._ask("lease/revoke", {"ID": self._lease})
         except (StoreAway, LeaseLost, RegistryError):
             pass  # it ends by itself soon
-        self._lease, self._keys = 0, set()
+        self._lease, self._keys = 0, {}
         self._disconnect()
 
     def forget(self) -> None:
-        for each in (self._connection, self._stream and self._stream.connection):
+        for each in (self._connection, self._stream.connection if self._stream else None):
             if each is not None and each.sock is not None:
                 # As a bare descriptor: TLS says no goodbye, and no lock is taken that a thread of the parent held.
                 socket.close(each.sock.detach())
-        self._lease, self._keys = 0, set()
+        self._lease, self._keys = 0, {}
         self._connection = self._stream = None
 
     # --- keys ---
@@ -246,7 +248,7 @@ class EtcdStore(Store):
             self._ask("kv/txn", {"success": some})
 
     def _lost(self, why: str) -> LeaseLost:
-        self._lease = 0
+        self._lease, self._keys = 0, dict.fromkeys(self._keys)
         return LeaseLost(why)
 
     # --- requests ---
@@ -461,7 +463,8 @@ class _Stream:
     def listen(self, patience: float) -> None:
         """Start; a network that is dead for ``patience`` seconds breaks it."""
         probe = max(1, int(patience / 3))
-        for option, value in ((socket.TCP_KEEPIDLE, probe), (socket.TCP_KEEPINTVL, probe), (socket.TCP_KEEPCNT, 2)):
+        keepalive = {socket.TCP_KEEPIDLE: probe, socket.TCP_KEEPINTVL: probe, socket.TCP_KEEPCNT: 2}
+        for option, value in keepalive.items():
             self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket.settimeout(None)
