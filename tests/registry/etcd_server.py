@@ -7,16 +7,19 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from base64 import b64encode
-from collections.abc import Iterator
+from base64 import b64decode, b64encode
 from contextlib import ExitStack
 from pathlib import Path
+from random import sample
 from typing import Any, Self
+
+from onehop.registry.leased import quoted
 
 START_WITHIN = 60.0  # seconds; a busy machine takes its time
 ETCD = shutil.which("etcd") or "/usr/bin/etcd"
@@ -29,14 +32,17 @@ class Member:
         name: within its cluster.
         directory: where its data and its log go.
         options: more arguments of etcd's.
+        context: for TLS with its clients, where the options ask for it.
     """
 
-    def __init__(self, name: str, directory: Path, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, name: str, directory: Path, options: tuple[str, ...] = (), context: ssl.SSLContext | None = None
+    ) -> None:
         self.name = name
         self.port, self.peer_port = free_ports(2)
         self.cluster = ""  # all members, as etcd wants to be told
         self._directory = directory
-        self._options = options
+        self._options, self._context = options, context
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -48,14 +54,20 @@ class Member:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def client(self) -> str:
+        return f"{'https' if self._context else 'http'}://127.0.0.1:{self.port}"
+
     def launch(self) -> None:
-        """Start the process; :meth:`wait` for it to answer."""
-        client, peer = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.peer_port}"
+        """Start the process, unless it runs; :meth:`wait` for it to answer."""
+        if self._process is not None:
+            return
+        peer = f"http://127.0.0.1:{self.peer_port}"
         arguments = {
             "name": self.name,
             "data-dir": str(self._directory / self.name),
-            "listen-client-urls": client,
-            "advertise-client-urls": client,
+            "listen-client-urls": self.client,
+            "advertise-client-urls": self.client,
             "listen-peer-urls": peer,
             "initial-advertise-peer-urls": peer,
             "initial-cluster": self.cluster or self.peer,
@@ -108,44 +120,47 @@ class Member:
         for each in ("key", "range_end", "value"):
             if isinstance(request.get(each), str):
                 request[each] = b64encode(request[each].encode()).decode()
-        address = f"http://127.0.0.1:{self.port}/v3/{path}"
         headers = {"Authorization": token} if token else {}
-        asked = urllib.request.Request(address, json.dumps(request).encode(), headers)
-        with urllib.request.urlopen(asked, timeout=within) as answer:
+        asked = urllib.request.Request(f"{self.client}/v3/{path}", json.dumps(request).encode(), headers)
+        with urllib.request.urlopen(asked, timeout=within, context=self._context) as answer:
             return json.load(answer)
 
 
 class Etcd:
-    """A cluster of real etcd processes; alone by default.
+    """A cluster of real etcd processes; alone by default. It runs from the beginning.
 
     Args:
         members: how many.
         options: more arguments of each.
+        context: for TLS with its clients, where the options ask for it.
     """
 
-    def __init__(self, members: int = 1, *options: str) -> None:
+    def __init__(self, members: int = 1, *options: str, context: ssl.SSLContext | None = None) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="etcd-", dir="/tmp"))
-        self.members = [Member(f"m{number}", self._directory, options) for number in range(members)]
+        self.members = [Member(f"m{number}", self._directory, options, context) for number in range(members)]
         for each in self.members:
             each.cluster = ",".join(other.peer for other in self.members)
+        self.start()
 
     def __enter__(self) -> Self:
-        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.stop()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    @property
-    def url(self) -> str:
-        return f"etcd://{','.join(f'127.0.0.1:{each.port}' for each in self.members)}/"
+    def url(self, *options: str) -> str:
+        """A registry's URL that names all members, with ``options`` of the form ``name=value``."""
+        servers = ",".join(f"127.0.0.1:{each.port}" for each in self.members)
+        return f"etcd://{servers}/" + ("?" + "&".join(options) if options else "")
 
     def start(self) -> None:
         """Start all members that do not run, with the data that is there."""
         for each in self.members:
-            if each._process is None:
-                each.launch()
+            each.launch()
         for each in self.members:
             each.wait()
 
@@ -182,10 +197,12 @@ class Etcd:
     def delete(self, key: str) -> None:
         self.call("kv/deleterange", key=key)
 
+    def garble(self, realm: str, service: str, node: str, value: str) -> None:
+        """Put ``value`` where a node's record belongs."""
+        self.put(f"/onehop/{quoted(realm or 'default')}/services/{quoted(service)}/{quoted(node)}", value)
+
     def keys(self, prefix: str = "/") -> list[str]:
         """All keys that begin with ``prefix``."""
-        from base64 import b64decode
-
         end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         found = self.call("kv/range", key=prefix, range_end=end, keys_only=True).get("kvs", [])
         return [b64decode(each["key"]).decode() for each in found]
@@ -200,9 +217,10 @@ class Etcd:
 
 def free_ports(count: int) -> list[int]:
     """Ports of this host that nobody listens at, outside the range from which the kernel gives ports away."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found: list[int] = []
     with ExitStack() as stack:
-        found: list[int] = []
-        for port in candidates():
+        for port in sample(range(max(10_000, first - 20_000), first), 1_000):
             listener = stack.enter_context(socket.socket())
             try:
                 listener.bind(("127.0.0.1", port))
@@ -212,10 +230,3 @@ def free_ports(count: int) -> list[int]:
             if len(found) == count:
                 return found
     raise AssertionError("no port is free")
-
-
-def candidates() -> Iterator[int]:
-    from random import sample
-
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    yield from sample(range(max(10_000, first - 20_000), first), 2_000)

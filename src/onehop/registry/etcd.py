@@ -14,12 +14,13 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from http.client import HTTPException
+from functools import partial
+from http.client import HTTPException, RemoteDisconnected
 from typing import Any, TypeVar
 
 import msgspec
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, HTTPError
+from urllib3.exceptions import HTTPError
 from urllib3.response import HTTPResponse
 
 from onehop.errors import RegistryError, SettingsError
@@ -158,8 +159,8 @@ class EtcdStore(Store):
         self._ask("kv/range", {"key": self._root.encode(), "range_end": _end(self._root), "count_only": True})
 
     def follow(self, service: str) -> Mapping[tuple[str, str], bytes]:
+        self._end_stream()  # before: what it told after this answer's moment would not be told again
         found, revision = self._read(self._prefix(service))
-        self._end_stream()
         if revision + 1 < max(self._next.values(), default=0):
             raise StoreAway(f"{self._where} went back to revision {revision}: it lost its data")
         self._next[service] = revision + 1
@@ -336,6 +337,8 @@ class EtcdStore(Store):
         except (OSError, HTTPError, HTTPException) as error:
             connection.close()
             raise self._failure(error) from error
+        if streamed:
+            connection.close()
         raise self._refusal(response.status, said)
 
     def _understood(self, data: bytes) -> _Answer:
@@ -352,13 +355,16 @@ class EtcdStore(Store):
         if answer.header.cluster_id != self._cluster:
             raise _ServerAway(f"{self._where} belongs to another cluster than before")
 
-    def _failure(self, error: Exception) -> Exception:
+    def _failure(self, error: BaseException) -> Exception:
         """What it means that a connection failed."""
-        if isinstance(error, TimeoutError | ConnectTimeoutError):
+        error = error.__cause__ or error  # of urllib3's own: what the system said
+        if isinstance(error, TimeoutError):
             return _ServerAway(f"{self._where} does not answer in time")
         if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
             return _ServerUnfit(f"{self._where} and we do not agree on TLS: {error}; see tls, ca, cert, key in its URL")
-        return _ServerAway(f"{self._where}: {error}")
+        hung_up = isinstance(error, RemoteDisconnected | ssl.SSLEOFError)
+        hint = "; are tls, cert and key in the registry's URL as it wants them?" if hung_up else ""
+        return _ServerAway(f"{self._where}: {error}{hint}")
 
     def _refusal(self, status: int, data: bytes) -> Exception:
         """What it means that a server answered with an error."""
@@ -406,8 +412,8 @@ class EtcdStore(Store):
         connection = self._dial()
         response = self._post(connection, "watch", body, streamed=True)
         assert self._tell is not None
-        tell = self._tell
-        self._stream = _Stream(connection, response, lambda line: self._take(line, watched, tell), tell.broke)
+        take = partial(self._take, self._tell, watched)
+        self._stream = _Stream(self._where, connection, response, take, self._tell.broke)
         self._stream.listen(self._lease_length)
 
     def _end_stream(self) -> None:
@@ -415,7 +421,7 @@ class EtcdStore(Store):
             self._stream.end()
             self._stream = None
 
-    def _take(self, line: bytes, watched: Sequence[str], tell: Tell) -> None:
+    def _take(self, tell: Tell, watched: Sequence[str], line: bytes) -> None:
         answer = self._understood(line)
         self._check_cluster(answer)
         if answer.canceled:
@@ -424,12 +430,12 @@ class EtcdStore(Store):
         if answer.header.revision + 1 < self._next[service]:
             raise StoreAway(f"{self._where} went back to revision {answer.header.revision}: it lost its data")
         for each in answer.events:
-            self._tell_event(each, tell)
+            self._tell_event(tell, each)
         if not answer.created and not answer.fragment:
             last = answer.events[-1].kv.mod_revision if answer.events else answer.header.revision
             self._next[service] = max(self._next[service], last + 1)
 
-    def _tell_event(self, event: _Event, tell: Tell) -> None:
+    def _tell_event(self, tell: Tell, event: _Event) -> None:
         key, value = event.kv.key, event.kv.value
         service, node = self._owner(key)
         if event.kv.mod_revision < self._next.get(service, 0):
@@ -447,6 +453,7 @@ class _Stream:
 
     def __init__(
         self,
+        where: str,
         connection: HTTPConnection,
         response: HTTPResponse,
         take: Callable[[bytes], None],
@@ -455,7 +462,7 @@ class _Stream:
         self.connection = connection
         self._response = response
         self._socket: socket.socket = connection.sock
-        self._take, self._broke = take, broke
+        self._where, self._take, self._broke = where, take, broke
         self._why = ""
         self._wanted = True
         self._thread = threading.Thread(target=self._run, name="onehop-etcd", daemon=True)
@@ -486,18 +493,18 @@ class _Stream:
         self._thread.join()
 
     def _run(self) -> None:
-        why = "etcd ended the stream of changes"
+        why = "it was ended"
         try:
             for line in _lines(self._response):
                 if not self._wanted:
                     break
                 self._take(line)
         except Exception as error:
-            why = f"the stream of changes broke: {error}"
+            why = str(error)
         self._response.close()
         self.connection.close()
         if self._wanted:
-            self._broke(self._why or why)
+            self._broke(f"no more changes come from {self._where}: {self._why or why}")
 
 
 def _lines(response: HTTPResponse) -> Iterator[bytes]:
