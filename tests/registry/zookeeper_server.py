@@ -12,7 +12,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+from kazoo.client import KazooClient
+
+from onehop.registry.leased import quoted
 
 JAR = "/usr/share/java/zookeeper.jar"
 JVM = ("java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dzookeeper.jmx.log4j.disable=true")
@@ -121,12 +125,34 @@ class ZooKeeperServer:
         assert found, f"ZooKeeper at {self.address} says nothing of {name}"
         return int(float(found[0]))
 
+    def url(self, *options: str) -> str:
+        return f"zookeeper://{self.address}/" + ("?" + "&".join(options) if options else "")
+
+    def garble(self, realm: str, service: str, node: str, value: bytes) -> None:
+        """Put ``value`` where a record of ``node`` would stand."""
+        with client(self) as other:
+            other.create(
+                f"/onehop/{quoted(realm or 'default')}/services/{quoted(service)}/{node}", value, makepath=True
+            )
+
     def close(self) -> None:
         self.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _log(self) -> str:
         return (self.directory / "log").read_text()[-2000:]
+
+
+@contextlib.contextmanager
+def client(server: ZooKeeperServer, **options: Any) -> Iterator[KazooClient]:
+    """Another client, which knows nothing of onehop."""
+    connected = KazooClient(server.address, **options)
+    connected.start(30)
+    try:
+        yield connected
+    finally:
+        connected.stop()
+        connected.close()
 
 
 @contextlib.contextmanager

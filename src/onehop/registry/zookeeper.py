@@ -37,8 +37,11 @@ PORT = 2181
 PATIENCE = 2.0  # seconds until an answer is given up
 CLOSE_PATIENCE = 1.0  # seconds until the server has confirmed the end of the session
 MARK = "!"  # before a node id: its own withdrawal; no quoted name has it
+LIMIT = 1_000_000  # bytes of one value: ZooKeeper hangs up on a request of more than a mebibyte
 _AT_ONCE = 128  # reads in one request
 _ATTEMPTS = 10  # at putting keys, while parents vanish or an old session ends
+
+_HUNG_UP = "it hangs up; it takes maxClientCnxns connections from one address, 60 if not told otherwise"
 
 _log = logging.getLogger(__name__)
 # kazoo tells of each attempt that fails; that the registry is away is said by the registry, once.
@@ -105,6 +108,9 @@ class ZooKeeperStore:
 
     def publish(self, node: str, values: Mapping[str, bytes]) -> None:
         wanted = {f"{self._top}/{quoted(service)}/{quoted(node)}": value for service, value in values.items()}
+        for path, value in wanted.items():
+            if len(value) > LIMIT:
+                raise RegistryError(f"the record for {path} has {len(value)} bytes; in ZooKeeper it may have {LIMIT}")
         connection = self._connected()
         self._ours |= wanted.keys()
         with self._explained():
@@ -321,7 +327,8 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
             connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connecting.connect(address)
         except OSError as error:
-            self.problems[f"{hostname}:{address[1]}"] = error.strerror or str(error)
+            hung_up = isinstance(error, ConnectionResetError | BrokenPipeError)
+            self.problems[f"{hostname}:{address[1]}"] = _HUNG_UP if hung_up else error.strerror or str(error)
             connecting.close()
             raise
         return connecting
@@ -374,9 +381,7 @@ class _Receiver(ConnectionHandler):  # type: ignore[misc]
             return super()._invoke(min(timeout, self.handler._patience), request, xid)
         except (refusals.ConnectionDropped, KazooTimeoutError) as error:
             if isinstance(error, refusals.ConnectionDropped) and not self.handler.is_cut:
-                self.handler.problems[self.client.server] = (
-                    "it hangs up; it takes maxClientCnxns connections from one address, 60 if not told otherwise"
-                )
+                self.handler.problems[self.client.server] = _HUNG_UP
             raise
 
     def _read_watch_event(self, answer: bytes, offset: int) -> None:
