@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
 import ssl
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -34,7 +35,8 @@ from onehop.registry.urls import Place, parse
 from onehop.settings import Settings
 
 PORT = 2181
-PATIENCE = 2.0  # seconds until an answer is given up
+PATIENCE = 10.0  # seconds until an answer is given up; a server that hangs is noticed before, by its session
+CONNECT_PATIENCE = 4.0  # seconds for which all servers together are waited for
 CLOSE_PATIENCE = 1.0  # seconds until the server has confirmed the end of the session
 MARK = "!"  # before a node id: its own withdrawal; no quoted name has it
 LIMIT = 1_000_000  # bytes of one value: ZooKeeper hangs up on a request of more than a mebibyte
@@ -113,23 +115,18 @@ class ZooKeeperStore:
                 raise RegistryError(f"the record for {path} has {len(value)} bytes; in ZooKeeper it may have {LIMIT}")
         connection = self._connected()
         self._ours |= wanted.keys()
+        above = {path[:at] for path in wanted for at, letter in enumerate(path) if at and letter == "/"}
+        parents = sorted(above, key=len)
         with self._explained():
             for _ in range(_ATTEMPTS):
                 paths = list(self._ours)
-                standing = connection.read(paths)
-                steps = [
-                    _steps(path, wanted.get(path), found, connection)
-                    for path, found in zip(paths, standing, strict=True)
-                ]
-                changes = [connection.ask(jute.Transaction(each)) for each in steps if each]
-                problems = [each for change in changes for each in _problems(change.get(timeout=PATIENCE))]
-                if not problems:
+                found = dict(zip([*parents, *paths], connection.read([*parents, *paths]), strict=True))
+                asked = [connection.ask(connection.container(each)) for each in parents if found[each] is None]
+                changes = [_steps(path, wanted.get(path), found[path], connection) for path in paths]
+                asked += [connection.ask(jute.Transaction(each)) for each in changes if each]
+                if not [each for each in asked if _is_outrun(each)]:
                     self._ours &= wanted.keys()
                     return
-                for each in problems:
-                    if not isinstance(each, (refusals.NoNodeError, refusals.NodeExistsError)):
-                        raise each
-                connection.make_parents(wanted)
         raise StoreAway(f"somebody else changes our keys below {self._top} of {self._place.shown} at the same time")
 
     def withdraw(self) -> None:
@@ -174,7 +171,7 @@ class ZooKeeperStore:
         try:
             yield
         except (KazooTimeoutError, *_AWAY) as error:
-            raise StoreAway(f"{where} does not answer: {error or type(error).__name__}") from error
+            raise StoreAway(f"{where} does not answer: {str(error) or type(error).__name__}") from error
         except (refusals.NoAuthError, refusals.AuthFailedError, refusals.InvalidACLError) as error:
             raise RegistryError(
                 f"{where} does not let {self._place.user or 'somebody who is not logged in'} write below {self._top}: "
@@ -212,10 +209,22 @@ def _steps(path: str, value: bytes | None, found: _Found | None, connection: _Co
     return [jute.SetData(path, value, -1)] if found.value != value else []
 
 
-def _problems(results: Sequence[object]) -> list[refusals.KazooException]:
-    """Why a transaction was not made; the operations that had to stay undone for another's sake say nothing."""
-    bystanders = (refusals.RolledBackError, refusals.RuntimeInconsistency)
-    return [each for each in results if isinstance(each, refusals.KazooException) and not isinstance(each, bystanders)]
+def _is_outrun(answer: Any) -> bool:
+    """Whether a change was not made because what it goes by has changed. Raises what else was refused."""
+    try:
+        results = answer.get(timeout=PATIENCE)
+    except _OUTRUN:
+        return True
+    undone = [each for each in results if isinstance(each, refusals.KazooException)]
+    for each in undone:
+        if not isinstance(each, (*_OUTRUN, *_BYSTANDERS)):
+            raise each
+    return bool(undone)
+
+
+_OUTRUN = (refusals.NoNodeError, refusals.NodeExistsError)
+# Operations of a transaction that had to stay undone for another's sake.
+_BYSTANDERS = (refusals.RolledBackError, refusals.RuntimeInconsistency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +342,25 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
             raise
         return connecting
 
+    def select(
+        self, reads: Sequence[Any], writes: Sequence[Any], _errors: Sequence[Any], timeout: float | None = None
+    ) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """Wait until some of these are ready; kazoo's own way opens an epoll each time."""
+        new = getattr(select, "poll", None)
+        if new is None:  # a patch for green threads took it away
+            return select.select(reads, writes, [], timeout)
+        poll = new()
+        for each in reads:
+            poll.register(each, select.POLLIN)
+        for each in writes:
+            poll.register(each, select.POLLOUT)
+        ready = {descriptor for descriptor, _ in poll.poll(None if timeout is None else timeout * 1000)}
+        return (
+            [each for each in reads if each.fileno() in ready],
+            [each for each in writes if each.fileno() in ready],
+            [],
+        )
+
     def join(self, patience: float) -> bool:
         """Wait for the end of the thread, and say whether it came."""
         if self._thread is not None:
@@ -402,7 +430,7 @@ class _Connection(KazooClient):  # type: ignore[misc]
             hosts=servers,
             timeout=lease,
             client_id=session,
-            handler=_Handler(_tls(place), PATIENCE / len(servers)),
+            handler=_Handler(_tls(place), CONNECT_PATIENCE / len(servers)),
             auth_data=[("digest", f"{place.user}:{place.password}")] if place.user else None,
             connection_retry=KazooRetry(max_tries=1),
             logger=_kazoo_log,
@@ -418,7 +446,7 @@ class _Connection(KazooClient):  # type: ignore[misc]
             StoreAway: none of them answers.
         """
         self.start_async()
-        self.settled.wait(PATIENCE)
+        self.settled.wait(CONNECT_PATIENCE)
         if not self.lease:
             self.handler.cut()
             self.end()
@@ -463,12 +491,8 @@ class _Connection(KazooClient):  # type: ignore[misc]
         ephemeral = 1
         return jute.Create(path, value, self._acl, ephemeral)
 
-    def make_parents(self, paths: Collection[str]) -> None:
-        """Make what is missing above ``paths``."""
-        above = {path[:at] for path in paths for at, letter in enumerate(path) if at and letter == "/"}
-        for each in sorted(above, key=len):
-            with contextlib.suppress(refusals.NodeExistsError):
-                self.ask(_Container(each, b"", self._acl, _Container.FLAG)).get(timeout=PATIENCE)
+    def container(self, path: str) -> Any:
+        return _Container(path, b"", self._acl, _Container.FLAG)
 
     def _read(self, reads: Sequence[Any]) -> list[Any]:
         found = []
