@@ -164,6 +164,9 @@ class LeasedRegistry(Registry):
     def want(self, service: str, timeout: float) -> bool:
         return not self._closed and self._keeper().want(service, timeout)
 
+    def refresh(self) -> None:
+        """Nothing: every change is told at once."""
+
     def close(self) -> None:
         self._closed = True
         keeper = self._kept()
