@@ -40,7 +40,7 @@ CONNECT_PATIENCE = 4.0  # seconds for which all servers together are waited for
 CLOSE_PATIENCE = 1.0  # seconds until the server has confirmed the end of the session
 MARK = "!"  # before a node id: its own withdrawal; no quoted name has it
 LIMIT = 1_000_000  # bytes of one value: ZooKeeper hangs up on a request of more than a mebibyte
-_AT_ONCE = 128  # reads in one request
+_AT_ONCE = 128  # reads in one request, and requests under way: with more than some 250 kazoo waits for itself
 _ATTEMPTS = 10  # at putting keys, while parents vanish or an old session ends
 
 _HUNG_UP = "it hangs up; it takes maxClientCnxns connections from one address, 60 if not told otherwise"
@@ -104,9 +104,8 @@ class ZooKeeperStore:
             watched.get(timeout=PATIENCE)
             synced.get(timeout=PATIENCE)
             tops = [top] if service else [f"{top}/{each}" for each in connection.children([top])[0]]
-            lists = connection.children(tops)
-            return connection.feed.snapshot(top, [f"{above}/{each}" for above, names in zip(tops, lists, strict=True)
-                                                  for each in names])  # fmt: skip
+            lists = zip(tops, connection.children(tops), strict=True)
+            return connection.feed.snapshot(top, [f"{above}/{each}" for above, names in lists for each in names])
 
     def publish(self, node: str, values: Mapping[str, bytes]) -> None:
         wanted = {f"{self._top}/{quoted(service)}/{quoted(node)}": value for service, value in values.items()}
@@ -121,10 +120,10 @@ class ZooKeeperStore:
             for _ in range(_ATTEMPTS):
                 paths = list(self._ours)
                 found = dict(zip([*parents, *paths], connection.read([*parents, *paths]), strict=True))
-                asked = [connection.ask(connection.container(each)) for each in parents if found[each] is None]
-                changes = [_steps(path, wanted.get(path), found[path], connection) for path in paths]
-                asked += [connection.ask(jute.Transaction(each)) for each in changes if each]
-                if not [each for each in asked if _is_outrun(each)]:
+                changes = [connection.container(each) for each in parents if found[each] is None]
+                steps = [_steps(path, wanted.get(path), found[path], connection) for path in paths]
+                changes += [jute.Transaction(each) for each in steps if each]
+                if connection.change(changes):
                     self._ours &= wanted.keys()
                     return
         raise StoreAway(f"somebody else changes our keys below {self._top} of {self._place.shown} at the same time")
@@ -173,9 +172,10 @@ class ZooKeeperStore:
         except (KazooTimeoutError, *_AWAY) as error:
             raise StoreAway(f"{where} does not answer: {str(error) or type(error).__name__}") from error
         except (refusals.NoAuthError, refusals.AuthFailedError, refusals.InvalidACLError) as error:
+            who = f"user {self._place.user!r}" if self._place.user else "a client without a login"
             raise RegistryError(
-                f"{where} does not let {self._place.user or 'somebody who is not logged in'} write below {self._top}: "
-                "name a user that may, as in zookeeper://user:password@host/, or another place, as in ?prefix=..."
+                f"{where} refuses {who} what is needed below {self._top}: name a user that may, as in "
+                "zookeeper://user:password@host/, or another place, as in ?prefix=..."
             ) from error
         except refusals.UnimplementedError as error:
             raise RegistryError(f"{where} is too old, it has no persistent watches: it must be 3.6 or later") from error
@@ -209,17 +209,17 @@ def _steps(path: str, value: bytes | None, found: _Found | None, connection: _Co
     return [jute.SetData(path, value, -1)] if found.value != value else []
 
 
-def _is_outrun(answer: Any) -> bool:
-    """Whether a change was not made because what it goes by has changed. Raises what else was refused."""
+def _is_made(change: Any) -> bool:
+    """Wait until a change is made; False where what it goes by is not so any more. Raises what else was refused."""
     try:
-        results = answer.get(timeout=PATIENCE)
+        results = change.get(timeout=PATIENCE)
     except _OUTRUN:
-        return True
+        return False
     undone = [each for each in results if isinstance(each, refusals.KazooException)]
     for each in undone:
         if not isinstance(each, (*_OUTRUN, *_BYSTANDERS)):
             raise each
-    return bool(undone)
+    return not undone
 
 
 _OUTRUN = (refusals.NoNodeError, refusals.NodeExistsError)
@@ -261,7 +261,8 @@ class _Container(jute.Create):  # type: ignore[misc]
 class _Reads:
     """Many reads in one request, which kazoo does not know: ``jute.GetData`` and ``jute.GetChildren``.
 
-    The answer has for each what it found; None where there is no such node. What may not be read is empty.
+    The answer has for each what it found; None where there is no such node. A node that may not be read is empty,
+    and in the place of its children stands the error.
     """
 
     reads: Sequence[Any]
@@ -291,8 +292,9 @@ class _Reads:
             else:
                 (error,) = jute.int_struct.unpack_from(answer, offset)
                 offset += jute.int_struct.size
-                unread: object = _Found(b"", 0) if each.type == jute.GetData.type else []
-                found.append(None if error == refusals.NoNodeError.code else unread)
+                refusal = refusals.EXCEPTIONS[error]()
+                unread = _Found(b"", 0) if each.type == jute.GetData.type else refusal
+                found.append(None if isinstance(refusal, refusals.NoNodeError) else unread)
         return found
 
 
@@ -391,6 +393,13 @@ class _Receiver(ConnectionHandler):  # type: ignore[misc]
         finally:
             self.client.ended()
 
+    def _expand_client_hosts(self) -> Any:
+        found = super()._expand_client_hosts()
+        for host, port in self.client.hosts:
+            if host not in [each[0] for each in found]:
+                self.handler.problems[f"{host}:{port}"] = "there is no address of that name"
+        return found
+
     def _connect(self, host: str, hostip: str, port: int) -> Any:
         if self.client.settled.is_set():
             raise refusals.ConnectionDropped("one connection only")
@@ -451,7 +460,7 @@ class _Connection(KazooClient):  # type: ignore[misc]
             self.handler.cut()
             self.end()
             servers = [f"{host}:{port}" for host, port in self.place.servers]
-            tried = [f"{each} ({self.handler.problems.get(each, 'does not answer')})" for each in servers]
+            tried = [f"{each} ({self.handler.problems.get(each.lower(), 'does not answer')})" for each in servers]
             raise StoreAway(f"no ZooKeeper answers at {', '.join(tried)}")
 
     def established(self, lease: float) -> None:
@@ -485,7 +494,19 @@ class _Connection(KazooClient):  # type: ignore[misc]
         return self._read([jute.GetData(each, None) for each in paths])
 
     def children(self, paths: Sequence[str]) -> list[list[str]]:
-        return [each or [] for each in self._read([jute.GetChildren(each, None) for each in paths])]
+        found = self._read([jute.GetChildren(each, None) for each in paths])
+        for each in found:
+            if isinstance(each, refusals.KazooException):
+                raise each
+        return [each or [] for each in found]
+
+    def change(self, changes: Sequence[Any]) -> bool:
+        """Make the changes, in this order; False where some were not made, since somebody was faster."""
+        made = True
+        for at in range(0, len(changes), _AT_ONCE):
+            for each in [self.ask(each) for each in changes[at : at + _AT_ONCE]]:
+                made = _is_made(each) and made
+        return made
 
     def creation(self, path: str, value: bytes | None) -> Any:
         ephemeral = 1
