@@ -85,7 +85,9 @@ class Server(ABC):
             self.process = subprocess.Popen(
                 self.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.directory
             )
-        if not eventually(self.answers, START_WITHIN):
+        process = self.process
+        answered = eventually(lambda: process.poll() is not None or self.answers(), START_WITHIN)
+        if not answered or process.poll() is not None:  # not somebody else's who took the port
             raise AssertionError(f"it does not answer:\n{(self.directory / 'log').read_text()[-2000:]}")
         return self
 
