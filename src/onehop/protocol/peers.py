@@ -7,6 +7,7 @@ in this file. Called under the engine's node lock.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from hashlib import blake2b
 from itertools import count
 from typing import Any, Protocol
 
@@ -66,14 +67,16 @@ class Peer:
     Attributes:
         record: the latest said of it; None once the registry has none.
         calls: calls under way to it; a new table for each connection, the numbers going on.
+        distance: from this node, for choosing a subset: each node has its own order of all peers.
         link: the engine's connection object, or None.
         offered: its routes in the present picture.
     """
 
-    __slots__ = ("calls", "failures", "id", "link", "numbers", "offered", "record", "rested_at", "state")
+    __slots__ = ("calls", "distance", "failures", "id", "link", "numbers", "offered", "record", "rested_at", "state")
 
-    def __init__(self, id: bytes, record: RecordLike | None, first: int = 1) -> None:
+    def __init__(self, id: bytes, record: RecordLike | None, first: int = 1, *, distance: bytes = b"") -> None:
         self.id = id
+        self.distance = distance
         self.record = record
         self.state = KNOWN
         self.numbers = count(first)
@@ -115,7 +118,8 @@ class PeerTable:
             if id is not None:
                 peer = self.peers.get(id)
                 if peer is None:
-                    peer = self.peers[id] = Peer(id, None, self._highest + 1)
+                    distance = blake2b(self.node + id, digest_size=8).digest()
+                    peer = self.peers[id] = Peer(id, None, self._highest + 1, distance=distance)
                 peer.record = record
                 changed.append(peer)
         for node in [node for node in before if node not in self._view]:

@@ -315,7 +315,7 @@ class BlockingEngine(Engine):
     async def _sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    async def _cold(self, action: Callable[..., None], *arguments: Any) -> None:
+    async def _cold(self, action: Callable[..., object], *arguments: Any) -> None:
         action(*arguments)
 
     def _tell_change(self) -> None:
