@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -354,11 +355,25 @@ def test_attempts_to_connect_are_counted_by_who_and_to_whom(hosts: Hosts, socket
         lambda hosts: hosts.loss(-0.1),
         lambda hosts: hosts.delay(-1.0),
         lambda hosts: hosts.delay(0.01, jitter=0.02),
+        lambda hosts: hosts.delay(0.01, network=1),
+        lambda hosts: hosts.loss(0.01, network=-1),
+        lambda hosts: hosts.attempts(to=Host(0, Path("/"))),
     ],
 )
 def test_what_cannot_be_is_refused(hosts: Hosts, wrong: Callable[[Hosts], None]) -> None:
-    with pytest.raises(ValueError, match="it must"):
+    with pytest.raises(ValueError, match=r"it must|these hosts"):
         wrong(hosts)
+
+
+def test_a_switch_that_has_ended_is_missed(onehop_hosts: Begin, eventually: Eventually) -> None:
+    onehop_hosts(1)  # skips where there can be none
+    with Hosts(2) as hosts:
+        processes = family(hosts[0])
+        hosts._switch.kill()
+        with pytest.raises(RuntimeError, match="the switch between the hosts has ended"):
+            eventually(lambda: hosts.delay(0.01))
+    assert not any(map(runs, processes))
+    shutil.rmtree(Path(hosts[0].run_directory).parent.parent)
 
 
 # Power ----------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class Host:
         self._processes: list[subprocess.Popen[Any]] = []
 
     def __repr__(self) -> str:
-        return f"<Host {self.name} {self.address} {'on' if self.is_on else 'off'}>"
+        return f"<Host {self.name} {' '.join(self.addresses)} {'on' if self.is_on else 'off'}>"
 
     @property
     def address(self) -> str:
@@ -390,10 +390,13 @@ class Hosts(Sequence[Host]):
 
     def _order(self, name: str, descriptors: Sequence[int] = (), **keywords: Any) -> Any:
         with self._orders:
-            socket.send_fds(self._control, [json.dumps([name, keywords]).encode()], descriptors)
-            answer = self._control.recv(switch.LARGEST_ORDER)
+            try:
+                socket.send_fds(self._control, [json.dumps([name, keywords]).encode()], descriptors)
+                answer = self._control.recv(switch.LARGEST_ORDER)
+            except (BrokenPipeError, ConnectionResetError):
+                answer = b""
         if not answer:
-            raise RuntimeError("the switch between the hosts has ended")
+            raise RuntimeError("the switch between the hosts has ended; why is on standard error")
         return json.loads(answer)
 
     def _cut(self, cut: bool, a: Host | None, b: Host | None, one_way: bool, network: int | None) -> None:
@@ -405,6 +408,11 @@ class Hosts(Sequence[Host]):
         self._order("impair", changes=changes, **self._which(source, to, network))
 
     def _which(self, source: Host | None, to: Host | None, network: int | None) -> dict[str, list[int]]:
+        for host in (source, to):
+            if host is not None and host not in self:
+                raise ValueError(f"{host} is none of these hosts")
+        if network is not None and not 0 <= network < self._networks:
+            raise ValueError(f"network {network}; these hosts are in {self._networks}, counted from 0")
         everybody = list(range(len(self._hosts)))
         return {
             "sources": everybody if source is None else [source.index],
