@@ -103,15 +103,12 @@ class Switch:
                     self._carry_from(each)
                 elif not self._obey():
                     return
-            now = time.monotonic()
-            while self._late and self._late[0][0] <= now:
-                _, _, port, link, packet = heapq.heappop(self._late)
-                self._deliver(port, link, packet)
+            self._deliver_due()
 
     # Packets ------------------------------------------------------------------------------------------
 
     def _carry_from(self, source: Port) -> None:
-        now = time.monotonic()
+        now = self._deliver_due()  # before what now comes can overtake it
         for _ in range(PACKETS_A_TURN):
             if source.fd < 0:
                 return  # an order took it away in this turn
@@ -142,6 +139,14 @@ class Switch:
             heapq.heappush(self._late, (due, next(self._numbers), target, link, packet))
         else:
             self._deliver(target, link, packet)
+
+    def _deliver_due(self) -> float:
+        """Deliver what is not to be later than now; returns this time."""
+        now = time.monotonic()
+        while self._late and self._late[0][0] <= now:
+            _, _, target, link, packet = heapq.heappop(self._late)
+            self._deliver(target, link, packet)
+        return now
 
     def _deliver(self, target: Port, link: Link, packet: bytes) -> None:
         if link.cut or target.fd < 0:
