@@ -119,3 +119,37 @@ def test_variables_of_others_are_left_alone() -> None:
 def test_values_in_the_environment_are_checked_too() -> None:
     with pytest.raises(SettingsError, match=r"timeout is -1\.0; it must be a number of seconds above 0"):
         from_environment({"ONEHOP_TIMEOUT": "-1"})
+
+
+# Passwords ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://me:se%2Fcret@h1:6379,h2/?db=1", "redis://me:***@h1:6379,h2/?db=1"),
+        ("redis://:secret@h1/", "redis://:***@h1/"),
+        ("redis://me:se/cret@h1/?tls=1", "redis://me:***@h1/?tls=1"),
+        ("redis://me:se?cret@h1", "redis://me:***@h1"),
+        ("redis://me:se@cret@h1/", "redis://me:***@h1/"),
+        ("redis://m/e:secret@h1/", "redis://m/e:***@h1/"),
+        ("redis:me:secret@h1", "redis:me:***@h1"),
+        ("redis://me:secret@h1,me:secret@h2/", "redis://me:***@h2/"),
+        ("redis://h1/?password=secret&db=1", "redis://h1/?password=***&db=1"),
+    ],
+)
+def test_password_of_the_registry_is_never_shown(url: str, shown: str) -> None:
+    settings = Settings(registry=url)
+    assert settings.registry == url
+    assert settings.shown_registry == shown
+    for text in (repr(settings), str(settings)):
+        assert repr(shown) in text
+        assert "secret" not in text
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["local", "file:///etc/a@b.toml", "redis://me@h1:6379,h2/?ca=/etc/x.pem", "hosts://[2001:db8::1]:9501,b/", ""],
+)
+def test_registry_without_a_password_is_shown_as_it_is(url: str) -> None:
+    assert Settings(registry=url).shown_registry == url
