@@ -58,6 +58,8 @@ class RecordLike(Protocol):
     def services(self) -> dict[str, tuple[str, ...]]: ...
     @property
     def idempotent(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def relay(self) -> bool: ...
 
 
 class Peer:
@@ -126,6 +128,17 @@ class PeerTable:
                 changed.append(peer)
         return changed
 
+    def introduce(self, record: RecordLike) -> Peer:
+        """The peer of ``record``, of which another node tells, and which names no service.
+
+        Where the registry does not tell of it too, it is forgotten when its connection ends.
+        """
+        id = bytes.fromhex(record.node)
+        peer = self.peers.get(id)
+        if peer is None:
+            peer = self.peers[id] = Peer(id, record, self._highest + 1)
+        return peer
+
     def event(self, peer: Peer, event: str, now: float = 0.0) -> bool:
         """Apply ``event``; False when the peer's state does not know it, and nothing changed."""
         state = TRANSITIONS[peer.state].get(event)
@@ -138,7 +151,7 @@ class PeerTable:
             # Full jitter, so that those who lost one peer together do not return together.
             peer.failures += 1
             peer.rested_at = now + self._random() * min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(peer.failures, 10))
-            if peer.record is None:
+            if peer.record is None or not peer.record.services:
                 peer.state = GONE
         if peer.state == RESTING:
             self.resting[peer.id] = peer

@@ -95,6 +95,7 @@ class Engine(Caller):
             if self.inbound is None:
                 endpoint = self._endpoint(self.protocol.id)
                 self.inbound = Inbound(self.carrier.bind(endpoint), self.protocol.inbox, self._wake.set)
+                self.tree.offer(self.inbound)
             queue.inbound = self.inbound
             self.inbound.change(Inbox.offer, service, server, queue)
             self._offers.append(Offer(service, server, queue, idempotent))
@@ -143,6 +144,7 @@ class Engine(Caller):
                 idempotent=idempotent,
                 version=self.protocol.release,
                 zone=self.settings.zone,
+                relay=self.settings.relay,
             )
         )
 

@@ -1,0 +1,205 @@
+"""Fan-outs to very many receivers by way of relays: who passes on to whom, and what the two say to each other (wire 6).
+
+The tree has two levels. The origin splits the receivers into chunks, and asks one willing node of each to pass the cast
+on to the rest of it. Chunks follow from the node ids alone, and relays stay for a while: so the links that a fan-out
+needs, about ``sqrt(n)`` at the origin and at each relay, are warm when the next one comes.
+
+Until nodes have keys a relay is trusted as every peer is: with what it passes on, and with what it says became of it.
+With keys the origin signs the body, which a relay never touches.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from math import isqrt
+from typing import NamedTuple
+
+from onehop.errors import WireError
+from onehop.protocol import wire
+from onehop.protocol.routes import Route
+from onehop.protocol.wire import Body
+
+SERVICE, METHOD = "onehop.relay", "fanout"
+"""Where relays are asked. No record lists it: ``Record.relay`` says who is willing."""
+DEGREE = 100
+"""Chunks, about, at most: beyond, they become larger instead."""
+STAY = 64
+"""Fan-outs of one origin for which a chunk keeps its relay, if that lives."""
+
+TAKEN, REFUSED, UNKNOWN, NOT_SENT = range(4)
+"""What a relay says of a receiver. Only what was NOT_SENT may be sent again."""
+
+_REQUEST = struct.Struct("<HHI")
+_RECEIPT = struct.Struct("<BBfH")
+_TEXT_LIMIT = 1024
+_Numbered = tuple[int, Route]
+
+
+# Who passes on to whom ----------------------------------------------------------------------------
+
+
+class Chunk(NamedTuple):
+    """The receivers that ``relay`` is asked to pass on to. It is none of them: the origin sends it its own copy."""
+
+    relay: Route
+    receivers: list[Route]
+
+
+def plan(routes: Sequence[Route], own: bytes, turn: int) -> tuple[list[Chunk], list[Route]]:
+    """Whom a fan-out is sent to: relays with their chunks, and the receivers to which it goes directly.
+
+    Each receiver is in exactly one of them.
+
+    Args:
+        routes: all receivers.
+        own: the origin's node id. It is no relay of its own.
+        turn: how many fan-outs the origin has made: relays take turns, and no two origins have the same.
+    """
+    size = max(isqrt(len(routes)), len(routes) // DEGREE) * 3 // 2
+    place = int.from_bytes(blake2b(own + (turn // STAY).to_bytes(8, "little"), digest_size=16).digest(), "big")
+    numbered = [(int.from_bytes(route.peer.id, "big"), route) for route in routes]
+    chunks: list[Chunk] = []
+    direct: list[Route] = []
+    for part in _split(numbered, own, size, 1):
+        relay = min((each for each in part if _is_willing(each, own)), key=lambda each: each[0] ^ place, default=None)
+        if relay is not None:
+            rest = [route for number, route in part if number != relay[0]]
+            if rest:
+                chunks.append(Chunk(relay[1], rest[: 4 * size]))
+            direct += rest[4 * size :]
+        direct += [route for number, route in part if relay is None or number == relay[0]]
+    return chunks, direct
+
+
+def _split(routes: list[_Numbered], own: bytes, size: int, bit: int) -> list[list[_Numbered]]:
+    """Halve by one bit of the node ids after the other: who comes or goes changes its own chunk only.
+
+    Not where a half would have no relay.
+    """
+    if len(routes) > size:
+        halves: tuple[list[_Numbered], list[_Numbered]] = ([], [])
+        for each in routes:
+            halves[each[0] & bit != 0].append(each)
+        if all(any(_is_willing(each, own) for each in half) for half in halves):
+            return [part for half in halves for part in _split(half, own, size, bit << 1)]
+    return [routes]
+
+
+def _is_willing(each: _Numbered, own: bytes) -> bool:
+    peer = each[1].peer
+    return peer.record is not None and peer.record.relay and peer.id != own
+
+
+# What they say to each other ----------------------------------------------------------------------
+
+
+class Receiver(NamedTuple):
+    """Whom a relay is to send to. It need not know the service, whose records may be 10,000, to find this one."""
+
+    node: bytes
+    server: str
+    host: str
+    endpoints: tuple[str, ...]
+
+
+class Receipt(NamedTuple):
+    """What a relay says of one receiver.
+
+    Args:
+        outcome: TAKEN, REFUSED, UNKNOWN or NOT_SENT.
+        reason: of a refusal; one of :data:`onehop.protocol.wire.REASONS`.
+        text: for people.
+        seconds: from the relay's taking the request in until it knew.
+    """
+
+    outcome: int
+    reason: str = "other"
+    text: str = ""
+    seconds: float = 0.0
+
+
+def receiver_of(route: Route) -> Receiver:
+    """``route`` as a relay is told of it."""
+    record = route.peer.record
+    host, endpoints = ("", ()) if record is None else (record.host, record.endpoints)
+    return Receiver(route.peer.id, route.server, host, endpoints)
+
+
+def request(service: str, method: str, receivers: Sequence[Receiver], body: Body) -> bytes:
+    """The body of a request to a relay (wire 6.1): pass the cast ``body`` on to ``receivers``.
+
+    Raises:
+        WireError: a name is longer than 255 bytes.
+    """
+    section = wire.names(service, "", method)
+    parts: list[bytes] = []
+    for node, *names, endpoints in receivers:
+        texts = [text.encode("utf-8", "surrogateescape") for text in (*names, *endpoints)]
+        parts += (node, bytes((len(texts),)))
+        for raw in texts:
+            if len(raw) > wire.NAME_LIMIT:
+                raise WireError(f"{raw[:40]!r}... has {len(raw)} bytes; {wire.NAME_LIMIT} is the limit")
+            parts += (bytes((len(raw),)), raw)
+    told = b"".join(parts)
+    return b"".join((_REQUEST.pack(len(section), len(receivers), len(told)), section, told, body))
+
+
+def parse_request(raw: Body) -> tuple[str, str, list[Receiver], Body]:
+    """Service, method, receivers and body of a request to a relay.
+
+    Raises:
+        WireError: it is not as its head says.
+    """
+    if len(raw) < _REQUEST.size:
+        raise WireError(f"a request to a relay of {len(raw)} bytes; its head alone takes {_REQUEST.size}")
+    extent, number, size = _REQUEST.unpack_from(raw)
+    end = _REQUEST.size + extent
+    service, _server, method = wire.split_names(bytes(raw[_REQUEST.size : end]))
+    told, at = bytes(raw[end : end + size]), 0
+    receivers = []
+    try:
+        for _ in range(number):
+            node, left, at = told[at : at + 16], told[at + 16], at + 17
+            texts = []
+            for _ in range(left):
+                start, at = at + 1, at + 1 + told[at]
+                texts.append(told[start:at].decode("utf-8", "surrogateescape"))
+            server, host, *endpoints = texts
+            receivers.append(Receiver(node, server, host, tuple(endpoints)))
+    except (IndexError, ValueError):
+        raise WireError(f"receivers of a relay that end within {size} bytes") from None
+    if at != size or len(told) != size:
+        raise WireError(f"{number} receivers of a relay in {size} bytes, of which {len(told)} are there and {at} taken")
+    return service, method, receivers, raw[end + size :]
+
+
+def receipts(told: Iterable[Receipt]) -> bytes:
+    """The body of a relay's answer (wire 6.2), in the order of the request."""
+    parts: list[bytes] = []
+    for outcome, reason, text, seconds in told:
+        raw = text.encode("utf-8", "replace")[:_TEXT_LIMIT]
+        parts += (_RECEIPT.pack(outcome, wire.REASON_NUMBERS[reason], seconds, len(raw)), raw)
+    return b"".join(parts)
+
+
+def parse_receipts(raw: Body, number: int) -> list[Receipt]:
+    """What a relay says of the ``number`` receivers it was asked to pass on to.
+
+    Raises:
+        WireError: it is not that.
+    """
+    told, at = bytes(raw), 0
+    found = []
+    try:
+        for _ in range(number):
+            outcome, reason, seconds, size = _RECEIPT.unpack_from(told, at)
+            start, at = at + _RECEIPT.size, at + _RECEIPT.size + size
+            word = wire.REASONS[reason] if reason < len(wire.REASONS) else "other"
+            found.append(Receipt(outcome, word, told[start:at].decode("utf-8", "replace"), seconds))
+    except struct.error:
+        raise WireError(f"fewer than {number} receipts of a relay") from None
+    if at != len(told) or any(each.outcome > NOT_SENT for each in found):
+        raise WireError(f"{number} receipts of a relay in {len(told)} bytes, of which they take {at}")
+    return found
