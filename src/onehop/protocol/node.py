@@ -26,6 +26,7 @@ class NodeProtocol:
         messages, size: room of the inbox.
         window_messages, window_bytes: room of each link.
         reach: of the duplicate windows.
+        subset: of a service's peers, how many a request may go to that names no server.
     """
 
     def __init__(
@@ -41,13 +42,14 @@ class NodeProtocol:
         window_messages: int = 4096,
         window_bytes: int = 1 << 26,
         reach: int = 4096,
+        subset: int = 12,
     ) -> None:
         self.id = node
         self.host = host
         self.realm = realm
         self.release = release
         self.peers = PeerTable(node, random)
-        self.routes = Routes()
+        self.routes = Routes(subset)
         self.inbox = Inbox(node, realm=realm, host=host, messages=messages, size=size, reach=reach, release=release)
         self._window = (window_messages, window_bytes)
 

@@ -7,6 +7,7 @@ in this file. Called under the engine's node lock.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from hashlib import blake2b
 from itertools import count
 from typing import Any, Protocol
 
@@ -68,14 +69,16 @@ class Peer:
     Attributes:
         record: the latest said of it; None once the registry has none.
         calls: calls under way to it; a new table for each connection, the numbers going on.
+        distance: from this node, for choosing a subset: each node has its own order of all peers.
         link: the engine's connection object, or None.
         offered: its routes in the present picture.
     """
 
-    __slots__ = ("calls", "failures", "id", "link", "numbers", "offered", "record", "rested_at", "state")
+    __slots__ = ("calls", "distance", "failures", "id", "link", "numbers", "offered", "record", "rested_at", "state")
 
-    def __init__(self, id: bytes, record: RecordLike | None, first: int = 1) -> None:
+    def __init__(self, id: bytes, record: RecordLike | None, first: int = 1, *, distance: bytes = b"") -> None:
         self.id = id
+        self.distance = distance
         self.record = record
         self.state = KNOWN
         self.numbers = count(first)
@@ -115,17 +118,15 @@ class PeerTable:
                 continue  # most records of a view are those of the last one: nothing to look at
             id = _node_id(node)
             if id is not None:
-                peer = self.peers.get(id)
-                if peer is None:
-                    peer = self.peers[id] = Peer(id, None, self._highest + 1)
+                peer = self._meet(id)
                 peer.record = record
                 changed.append(peer)
         for node in [node for node in before if node not in self._view]:
-            peer = self.peers.get(_node_id(node) or b"")
-            if peer is not None:
-                peer.record = None
-                self.event(peer, FORGOTTEN)
-                changed.append(peer)
+            gone = self.peers.get(_node_id(node) or b"")
+            if gone is not None:
+                gone.record = None
+                self.event(gone, FORGOTTEN)
+                changed.append(gone)
         return changed
 
     def introduce(self, record: RecordLike) -> Peer:
@@ -133,10 +134,16 @@ class PeerTable:
 
         Where the registry does not tell of it too, it is forgotten when its connection ends.
         """
-        id = bytes.fromhex(record.node)
+        peer = self._meet(bytes.fromhex(record.node))
+        if peer.state == KNOWN and peer.record is None:
+            peer.record = record
+        return peer
+
+    def _meet(self, id: bytes) -> Peer:
         peer = self.peers.get(id)
         if peer is None:
-            peer = self.peers[id] = Peer(id, record, self._highest + 1)
+            distance = blake2b(self.node + id, digest_size=8).digest()
+            peer = self.peers[id] = Peer(id, None, self._highest + 1, distance=distance)
         return peer
 
     def event(self, peer: Peer, event: str, now: float = 0.0) -> bool:

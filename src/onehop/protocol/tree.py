@@ -10,6 +10,7 @@ With keys the origin signs the body, which a relay never touches.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
@@ -28,12 +29,11 @@ DEGREE = 100
 STAY = 64
 """Fan-outs of one origin for which a chunk keeps its relay, if that lives."""
 
-TAKEN, REFUSED, UNKNOWN, NOT_SENT = range(4)
+OUTCOMES = TAKEN, REFUSED, UNKNOWN, NOT_SENT = "taken", "refused", "unknown", "not sent"
 """What a relay says of a receiver. Only what was NOT_SENT may be sent again."""
 
-_REQUEST = struct.Struct("<HHI")
-_RECEIPT = struct.Struct("<BBfH")
-_TEXT_LIMIT = 1024
+_HEAD = struct.Struct("<I")
+_NONSENSE = (struct.error, ValueError, TypeError, AttributeError, RecursionError)
 _Numbered = tuple[int, Route]
 
 
@@ -98,10 +98,10 @@ def _is_willing(each: _Numbered, own: bytes) -> bool:
 class Receiver(NamedTuple):
     """Whom a relay is to send to. It need not know the service, whose records may be 10,000, to find this one."""
 
-    node: bytes
+    node: str
     server: str
     host: str
-    endpoints: tuple[str, ...]
+    endpoints: Sequence[str]
 
 
 class Receipt(NamedTuple):
@@ -109,79 +109,52 @@ class Receipt(NamedTuple):
 
     Args:
         outcome: TAKEN, REFUSED, UNKNOWN or NOT_SENT.
+        seconds: from the relay's taking the request in until it knew.
         reason: of a refusal; one of :data:`onehop.protocol.wire.REASONS`.
         text: for people.
-        seconds: from the relay's taking the request in until it knew.
     """
 
-    outcome: int
-    reason: str = "other"
+    outcome: str
+    seconds: float
+    reason: str = ""
     text: str = ""
-    seconds: float = 0.0
 
 
 def receiver_of(route: Route) -> Receiver:
     """``route`` as a relay is told of it."""
     record = route.peer.record
     host, endpoints = ("", ()) if record is None else (record.host, record.endpoints)
-    return Receiver(route.peer.id, route.server, host, endpoints)
+    return Receiver(route.peer.id.hex(), route.server, host, endpoints)
 
 
-def request(service: str, method: str, receivers: Sequence[Receiver], body: Body) -> bytes:
-    """The body of a request to a relay (wire 6.1): pass the cast ``body`` on to ``receivers``.
-
-    Raises:
-        WireError: a name is longer than 255 bytes.
-    """
-    section = wire.names(service, "", method)
-    parts: list[bytes] = []
-    for node, *names, endpoints in receivers:
-        texts = [text.encode("utf-8", "surrogateescape") for text in (*names, *endpoints)]
-        parts += (node, bytes((len(texts),)))
-        for raw in texts:
-            if len(raw) > wire.NAME_LIMIT:
-                raise WireError(f"{raw[:40]!r}... has {len(raw)} bytes; {wire.NAME_LIMIT} is the limit")
-            parts += (bytes((len(raw),)), raw)
-    told = b"".join(parts)
-    return b"".join((_REQUEST.pack(len(section), len(receivers), len(told)), section, told, body))
+def request(service: str, method: str, receivers: Iterable[Receiver], body: Body) -> bytes:
+    """The body of a request to a relay (wire 6.1): pass the cast ``body`` on to ``receivers``."""
+    head = json.dumps([service, method, list(receivers)]).encode()
+    return b"".join((_HEAD.pack(len(head)), head, body))
 
 
 def parse_request(raw: Body) -> tuple[str, str, list[Receiver], Body]:
     """Service, method, receivers and body of a request to a relay.
 
     Raises:
-        WireError: it is not as its head says.
+        WireError: it is not that.
     """
-    if len(raw) < _REQUEST.size:
-        raise WireError(f"a request to a relay of {len(raw)} bytes; its head alone takes {_REQUEST.size}")
-    extent, number, size = _REQUEST.unpack_from(raw)
-    end = _REQUEST.size + extent
-    service, _server, method = wire.split_names(bytes(raw[_REQUEST.size : end]))
-    told, at = bytes(raw[end : end + size]), 0
-    receivers = []
     try:
-        for _ in range(number):
-            node, left, at = told[at : at + 16], told[at + 16], at + 17
-            texts = []
-            for _ in range(left):
-                start, at = at + 1, at + 1 + told[at]
-                texts.append(told[start:at].decode("utf-8", "surrogateescape"))
-            server, host, *endpoints = texts
-            receivers.append(Receiver(node, server, host, tuple(endpoints)))
-    except (IndexError, ValueError):
-        raise WireError(f"receivers of a relay that end within {size} bytes") from None
-    if at != size or len(told) != size:
-        raise WireError(f"{number} receivers of a relay in {size} bytes, of which {len(told)} are there and {at} taken")
-    return service, method, receivers, raw[end + size :]
+        end = _HEAD.size + _HEAD.unpack_from(raw)[0]
+        service, method, told = json.loads(bytes(raw[_HEAD.size : end]))
+        receivers = [Receiver(*each) for each in told]
+        for node, server, host, endpoints in receivers:
+            wire.names(service, server, method)
+            if len(bytes.fromhex(node)) != 16 or not all(isinstance(each, str) for each in (host, *endpoints)):
+                raise WireError(f"{node!r} on {host!r} at {endpoints!r} is no receiver")
+    except _NONSENSE as error:
+        raise WireError(f"a request to a relay that cannot be read: {error}") from None
+    return service, method, receivers, raw[end:]
 
 
 def receipts(told: Iterable[Receipt]) -> bytes:
     """The body of a relay's answer (wire 6.2), in the order of the request."""
-    parts: list[bytes] = []
-    for outcome, reason, text, seconds in told:
-        raw = text.encode("utf-8", "replace")[:_TEXT_LIMIT]
-        parts += (_RECEIPT.pack(outcome, wire.REASON_NUMBERS[reason], seconds, len(raw)), raw)
-    return b"".join(parts)
+    return json.dumps(list(told)).encode()
 
 
 def parse_receipts(raw: Body, number: int) -> list[Receipt]:
@@ -190,16 +163,11 @@ def parse_receipts(raw: Body, number: int) -> list[Receipt]:
     Raises:
         WireError: it is not that.
     """
-    told, at = bytes(raw), 0
-    found = []
     try:
-        for _ in range(number):
-            outcome, reason, seconds, size = _RECEIPT.unpack_from(told, at)
-            start, at = at + _RECEIPT.size, at + _RECEIPT.size + size
-            word = wire.REASONS[reason] if reason < len(wire.REASONS) else "other"
-            found.append(Receipt(outcome, word, told[start:at].decode("utf-8", "replace"), seconds))
-    except struct.error:
-        raise WireError(f"fewer than {number} receipts of a relay") from None
-    if at != len(told) or any(each.outcome > NOT_SENT for each in found):
-        raise WireError(f"{number} receipts of a relay in {len(told)} bytes, of which they take {at}")
+        found = [Receipt(str(outcome), float(seconds), str(reason), str(text))
+                 for outcome, seconds, reason, text in json.loads(bytes(raw))]  # fmt: skip
+    except _NONSENSE as error:
+        raise WireError(f"an answer of a relay that cannot be read: {error}") from None
+    if len(found) != number or any(each.outcome not in OUTCOMES for each in found):
+        raise WireError(f"an answer of a relay that is not one of {', '.join(OUTCOMES)} for each of {number}")
     return found

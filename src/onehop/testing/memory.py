@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from onehop.errors import SettingsError
-from onehop.interfaces import Deliver, Record
+from onehop.interfaces import Deliver, Record, Registry
 from onehop.protocol.wire import Body, Frame
 from onehop.transport.carrier import InboundSocket, LinkSocket
 
@@ -186,12 +186,16 @@ class MemoryCarrier:
         self._lock = threading.RLock()
         self._count = 0
 
-    def bind(self, endpoint: str) -> InboundSocket:
+    def bind(self, *endpoints: str) -> InboundSocket:
+        (endpoint,) = endpoints
         with self._lock:
             if endpoint in self.sockets:
                 raise SettingsError(f"cannot listen at {endpoint}: it is in use")
             inbound = self.sockets[endpoint] = _MemoryInbound(self, endpoint, self._lock)
         return inbound
+
+    def nearest(self, endpoints: Sequence[str]) -> str:
+        return endpoints[0]
 
     def connect(self, endpoint: str) -> LinkSocket:
         with self._lock:
@@ -247,7 +251,7 @@ class Records:
         return sorted(records, key=lambda record: record.node)
 
 
-class MemoryRegistry:
+class MemoryRegistry(Registry):
     """See :class:`onehop.interfaces.Registry`."""
 
     def __init__(self, records: Records) -> None:

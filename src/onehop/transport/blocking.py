@@ -318,7 +318,7 @@ class BlockingEngine(Engine):
     def spawn(self, steps: Coroutine[Any, Any, None]) -> None:
         start_thread("onehop-relay", run, steps)
 
-    async def _cold(self, action: Callable[..., None], *arguments: Any) -> None:
+    async def _cold(self, action: Callable[..., object], *arguments: Any) -> None:
         action(*arguments)
 
     def _tell_change(self) -> None:

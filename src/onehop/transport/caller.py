@@ -37,6 +37,8 @@ CASTS_UNDER_WAY = 64
 """Of one stream of casts, sent and not acknowledged."""
 BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
+PATIENCE = 1.0
+"""Seconds that a registry may take to say who offers a service, at the first request for it."""
 WELL = (REPLIED, FAILED, TAKEN)
 """Outcomes that are no error of the call's own."""
 
@@ -68,6 +70,7 @@ class Caller(ABC):
             window_messages=settings.window_messages,
             window_bytes=settings.window_bytes,
             reach=settings.duplicate_window,
+            subset=settings.subset,
         )
         self.records: tuple[Record, ...] = ()
         self.outcomes: Counter[str] = Counter()
@@ -77,6 +80,7 @@ class Caller(ABC):
         self._wake = Wake()
         self._keeping = False
         self.tree = Tree(self)
+        self._wanted: set[str] = set()
 
     def start(self) -> None:
         """Watch the registry. Called once, before anything else.
@@ -98,6 +102,23 @@ class Caller(ABC):
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
+
+    async def want(self, service: str, until: float) -> None:
+        """See that the view has all who offer ``service`` (``""``: any), as far as the registry knows them.
+
+        Args:
+            until: when not to wait any longer, which may be past already; a registry is given a moment all the same.
+        """
+        if service not in self._wanted:
+            patience = min(max(until - monotonic(), BRIEF), PATIENCE)
+            await self._cold(self.registry.want, service, patience)
+            self._wanted.add(service)
+
+    async def known(self, service: str) -> tuple[Record, ...]:
+        """The records of those who offer ``service``, and perhaps of others; ``""``: of all."""
+        await self.want(service, monotonic() + PATIENCE)
+        await self._cold(self.registry.refresh)
+        return self.records
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Have ``listener`` called after each change of the view."""
@@ -131,7 +152,7 @@ class Caller(ABC):
         """
 
     @abstractmethod
-    async def _cold(self, action: Callable[..., None], *arguments: Any) -> None:
+    async def _cold(self, action: Callable[..., object], *arguments: Any) -> None:
         """Do something that may take its time: with files, or with the registry."""
 
     @abstractmethod
@@ -165,7 +186,7 @@ class Caller(ABC):
             if hello is None or record is None:
                 raise errors.PeerLost(f"node {peer.id.hex()} is {peer.state}: not connected to", executed="no")
             try:
-                socket = self.carrier.connect(record.endpoints[0])
+                socket = self.carrier.connect(self.carrier.nearest(record.endpoints))
             except errors.OnehopError as error:
                 self.protocol.lost(peer, "no connection could be begun", monotonic())
                 if isinstance(error, errors.ResourceLimit):
@@ -284,7 +305,7 @@ class Caller(ABC):
 
     def _look_up(self, terms: Terms, picture: Routes) -> tuple[Route | None, Link | None, dict[str, bytes]]:
         """Whose turn it is; where that is always the same until the picture changes, it is remembered."""
-        routes = picture.of(terms.service, terms.server)
+        routes = picture.candidates(terms.service, terms.server)
         if not routes:
             return None, None, {}
         route = routes[0] if len(routes) == 1 else choose(routes, next(terms.turns))
@@ -466,10 +487,15 @@ class Caller(ABC):
         terms, tried = attempt.terms, attempt.tried
         error = attempt.error
         full = isinstance(error, errors.Rejected) and error.reason == "full"
+        if terms.service not in self._wanted:
+            await self.want(terms.service, attempt.until)
         ready = min(attempt.until, attempt.started + terms.ready_timeout)
         while True:
-            routes = self.protocol.routes.of(terms.service, terms.server)
-            routes = tuple(route for route in routes if route not in tried) if tried else routes
+            routes = self.protocol.routes.candidates(terms.service, terms.server)
+            if tried:
+                routes = tuple(route for route in routes if route not in tried) or tuple(
+                    route for route in self.protocol.routes.of(terms.service, terms.server) if route not in tried
+                )
             if routes:
                 return choose(routes, next(terms.turns))
             if error is not None and (full or monotonic() >= ready):
@@ -529,6 +555,8 @@ class Caller(ABC):
         if self.closed or len(body) > self.settings.max_message:
             self._refuse(terms, method, len(body))
         now = monotonic()
+        if terms.service not in self._wanted:
+            await self.want(terms.service, now + terms.timeout)
         if not self.registry.is_fresh():
             await self._cold(self.registry.refresh)
         with self.lock:

@@ -12,11 +12,12 @@ import logging
 import os
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import NamedTuple
 
 from onehop import errors
+from onehop.addresses import advertised
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
 from onehop.protocol.inbox import Inbox
@@ -55,16 +56,21 @@ class Engine(Caller):
         settings: of the node.
         carrier: makes the sockets.
         registry: says where other nodes are. The engine owns it.
-        endpoint: where this node would listen, from its id; asked when it first serves.
+        listen: where this node would listen, from its id; asked when it first serves.
         release: the version of onehop.
     """
 
     def __init__(
-        self, settings: Settings, carrier: Carrier, registry: Registry, endpoint: Callable[[bytes], str], release: str
+        self,
+        settings: Settings,
+        carrier: Carrier,
+        registry: Registry,
+        listen: Callable[[bytes], Sequence[str]],
+        release: str,
     ) -> None:
         super().__init__(settings, carrier, registry, release)
         self.inbound: Inbound | None = None
-        self._endpoint = endpoint
+        self._listen = listen
         self._announcing = threading.RLock()
         self._offers: list[Offer] = []
         self._draining = False
@@ -93,8 +99,8 @@ class Engine(Caller):
             if self.closed or self._draining:
                 raise errors.NodeClosed("this node is closed or draining; make a new one to serve")
             if self.inbound is None:
-                endpoint = self._endpoint(self.protocol.id)
-                self.inbound = Inbound(self.carrier.bind(endpoint), self.protocol.inbox, self._wake.set)
+                socket = self.carrier.bind(*self._listen(self.protocol.id))
+                self.inbound = Inbound(socket, self.protocol.inbox, self._wake.set)
                 self.tree.offer(self.inbound)
             queue.inbound = self.inbound
             self.inbound.change(Inbox.offer, service, server, queue)
@@ -139,7 +145,7 @@ class Engine(Caller):
                 node=self.protocol.id.hex(),
                 host=self.protocol.host,
                 pid=os.getpid(),
-                endpoints=self.inbound.socket.endpoints,
+                endpoints=advertised(self.inbound.socket.endpoints, self.settings.advertise),
                 services=services,
                 idempotent=idempotent,
                 version=self.protocol.release,

@@ -223,7 +223,7 @@ class LoopEngine(Engine):
         self._spawned.add(task)
         task.add_done_callback(self._spawned.discard)
 
-    async def _cold(self, action: Callable[..., None], *arguments: Any) -> None:
+    async def _cold(self, action: Callable[..., object], *arguments: Any) -> None:
         self.check_loop()
         # In a thread of its own: those of the loop's executor may all be busy with what the user gave them.
         done: asyncio.Future[None] = self.loop.create_future()
@@ -238,10 +238,6 @@ class LoopEngine(Engine):
 
         start_thread("onehop-cold", act)
         await done
-
-    async def refresh(self) -> None:
-        """Have the registry look whether something changed."""
-        await self._cold(self.registry.refresh)
 
     async def start_in_loop(self) -> None:
         """Watch the registry; see :meth:`start`. The engine ends with its loop, where nobody ends it earlier."""

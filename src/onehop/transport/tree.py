@@ -12,7 +12,7 @@ from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from onehop.errors import CallError, PeerLost, Rejected, WireError
+from onehop.errors import PeerLost, Rejected, WireError
 from onehop.interfaces import Record
 from onehop.protocol import tree, wire
 from onehop.protocol.calls import REPLIED
@@ -149,7 +149,7 @@ class Tree:
             return []
         way = asked.seconds - max(each.seconds for each in receipts)
         unsent = []
-        for each, (outcome, reason, text, seconds) in zip(told, receipts, strict=True):
+        for each, (outcome, seconds, reason, text) in zip(told, receipts, strict=True):
             each.seconds = way + seconds
             if outcome == tree.NOT_SENT:
                 unsent.append(each)
@@ -223,7 +223,7 @@ class Tree:
         with caller.lock:
             caller.protocol.rouse()
             for node, server, host, endpoints in receivers:
-                record = Record(node=node.hex(), host=host, endpoints=endpoints)
+                record = Record(node=node, host=host, endpoints=tuple(endpoints))
                 attempts.append(Attempt(terms, method, now + left, now))
                 attempts[-1].route = Route(caller.protocol.peers.introduce(record), service, server)
         waiting = caller.send_all((each, wire.CAST, wire.FANOUT, body) for each in attempts)
@@ -236,12 +236,10 @@ class Tree:
 
 def _receipt(attempt: Attempt) -> tree.Receipt:
     """What a relay says of one receiver."""
-    error: CallError | None = attempt.error
+    error = attempt.error
     if error is None:
-        return tree.Receipt(tree.TAKEN, seconds=attempt.seconds)
+        return tree.Receipt(tree.TAKEN, attempt.seconds)
+    outcome = tree.REFUSED if isinstance(error, Rejected) else tree.UNKNOWN
     if error.executed == "no" and not (attempt.under_way and attempt.call.sent):
         outcome = tree.NOT_SENT
-    else:
-        outcome = tree.REFUSED if isinstance(error, Rejected) else tree.UNKNOWN
-    reason = error.reason if isinstance(error, Rejected) else "other"
-    return tree.Receipt(outcome, reason, str(error), attempt.seconds)
+    return tree.Receipt(outcome, attempt.seconds, getattr(error, "reason", ""), str(error))
