@@ -101,7 +101,7 @@ class Receiver(NamedTuple):
     node: str
     server: str
     host: str
-    endpoints: Sequence[str]
+    endpoints: tuple[str, ...]
 
 
 class Receipt(NamedTuple):
@@ -142,7 +142,7 @@ def parse_request(raw: Body) -> tuple[str, str, list[Receiver], Body]:
     try:
         end = _HEAD.size + _HEAD.unpack_from(raw)[0]
         service, method, told = json.loads(bytes(raw[_HEAD.size : end]))
-        receivers = [Receiver(*each) for each in told]
+        receivers = [Receiver(node, server, host, tuple(endpoints)) for node, server, host, endpoints in told]
         for node, server, host, endpoints in receivers:
             wire.names(service, server, method)
             if len(bytes.fromhex(node)) != 16 or not all(isinstance(each, str) for each in (host, *endpoints)):

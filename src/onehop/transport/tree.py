@@ -223,7 +223,7 @@ class Tree:
         with caller.lock:
             caller.protocol.rouse()
             for node, server, host, endpoints in receivers:
-                record = Record(node=node, host=host, endpoints=tuple(endpoints))
+                record = Record(node=node, host=host, endpoints=endpoints)
                 attempts.append(Attempt(terms, method, now + left, now))
                 attempts[-1].route = Route(caller.protocol.peers.introduce(record), service, server)
         waiting = caller.send_all((each, wire.CAST, wire.FANOUT, body) for each in attempts)
