@@ -7,7 +7,7 @@ reads it without a lock.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from heapq import nsmallest
 from typing import NamedTuple
 
@@ -76,6 +76,14 @@ class Routes:
             if near:
                 self._near[service] = near
         return near
+
+    def untried(self, service: str, server: str, tried: Sequence[Route]) -> tuple[Route, ...]:
+        """Of the candidates those not ``tried``; where each was, the same of all that the service has."""
+        near = self.candidates(service, server)
+        if not tried:
+            return near
+        everyone = self.of(service, server)
+        return tuple(each for each in near if each not in tried) or tuple(e for e in everyone if e not in tried)
 
     def distinct(self, service: str, server: str = "") -> tuple[Route, ...]:
         """As :meth:`of`, each (peer, server) once: whom a fan-out addresses."""

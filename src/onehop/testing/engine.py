@@ -25,6 +25,7 @@ from onehop.errors import (
     WireError,
 )
 from onehop.interfaces import Record
+from onehop.protocol import peers as states
 from onehop.protocol import wire
 from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, Call
 from onehop.protocol.inbox import Request
@@ -180,10 +181,12 @@ class VirtualEngine:
         """The registry has a new view."""
         self.trace.step(TOLD, self.index, 0, len(records))
         before = self.protocol.routes
-        self.protocol.learn(records)
+        self.protocol.learn(records, self.clock.now)
         self._routes_may_have_changed(before)
         if self.links:
             self._plan(self.clock.now + SLOW_TICK)
+        for peer in self.protocol.peers.resting.values():
+            self._plan(peer.rested_at)
 
     def _routes_may_have_changed(self, before: object) -> None:
         if self._changed and self.protocol.routes is not before:
@@ -220,10 +223,12 @@ class VirtualEngine:
             return link
         if link.hello.outcome is None and self.clock.now >= until:
             return CallTimeout("the hello was not answered before the deadline", executed="no")
-        why = link.ended or "it did not answer the hello"
+        why, event = link.ended or "it did not answer the hello", states.LOST
         if link.hello.outcome == REJECTED:
             why = "{}: {}".format(*link.hello.body)
-        self.lost(link, why)
+            if link.hello.body[0] == "wrong node":
+                event = states.REPLACED
+        self.lost(link, why, event=event)
         return PeerLost(f"no connection to node {peer.id.hex()}: {link.error or why}", executed="no")
 
     def control(self, link: EngineLink, frame: bytes) -> None:
@@ -236,7 +241,7 @@ class VirtualEngine:
             raise
         except ProtocolError as error:
             link.error = error
-            self.lost(link, str(error))
+            self.lost(link, str(error), event=states.REPLACED)
             return
         for call in ended:
             if call.waiter is not None:
@@ -245,7 +250,7 @@ class VirtualEngine:
             link.answered()
         self._routes_may_have_changed(before)
 
-    def lost(self, link: EngineLink, why: str, linger: float = 0.0) -> None:
+    def lost(self, link: EngineLink, why: str, linger: float = 0.0, *, event: str = states.LOST) -> None:
         """The connection is over: its calls end."""
         if link.ended is not None:
             return
@@ -256,7 +261,7 @@ class VirtualEngine:
         self.links.pop(peer.id, None)
         self.ended_links += 1
         peer.link = None
-        calls = self.protocol.lost(peer, why, self.clock.now)
+        calls = self.protocol.lost(peer, why, self.clock.now, event)
         self.trace.step(LOST_PEER, self.index, 0, len(calls))
         if peer.state == RESTING:
             self._plan(peer.rested_at)
@@ -300,7 +305,7 @@ class VirtualEngine:
         if turns is None:
             turns = self._turns[entry.service, entry.server] = count(self.clock.random.randrange(1 << 16))
         while True:
-            routes = self.protocol.routes.of(entry.service, entry.server)
+            routes = self.protocol.routes.candidates(entry.service, entry.server)
             if routes and not attempt.tried:
                 route = choose(routes, next(turns))
             else:
@@ -396,8 +401,7 @@ class VirtualEngine:
         while True:
             if self.closed:
                 return NodeClosed("this node was closed while a request waited for a server")
-            routes = self.protocol.routes.of(entry.service, entry.server)
-            routes = tuple(route for route in routes if route not in tried) if tried else routes
+            routes = self.protocol.routes.untried(entry.service, entry.server, tried)
             if routes:
                 return choose(routes, next(turns))
             if error is not None and (full or clock.now >= ready):
@@ -417,6 +421,10 @@ class VirtualEngine:
                 self._changed.append(attempt.task)
                 yield ready
             if not self.protocol.routes.of(entry.service, entry.server) and not self.closed:
+                later = min(self.protocol.peers.expected(entry.service, entry.server) + 1.0, entry.deadline)
+                if later > clock.now:
+                    ready = later
+                    continue
                 if entry.deadline <= ready:
                     return CallTimeout("nobody offered it before the deadline", executed="no")
                 return NoRoute(f"nobody offers {entry.service!r} {entry.server!r}")

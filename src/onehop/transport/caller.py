@@ -21,7 +21,8 @@ from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
 from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, TAKEN, Call, CallTable
 from onehop.protocol.node import NodeProtocol
-from onehop.protocol.peers import Peer
+from onehop.protocol.peers import LOST as LOST_PEER
+from onehop.protocol.peers import REPLACED, Peer
 from onehop.protocol.routes import Route, Routes, choose
 from onehop.protocol.wire import Body
 from onehop.settings import Settings
@@ -97,7 +98,7 @@ class Caller(ABC):
             if self.closed:
                 return
             self.records = tuple(records)
-            self.protocol.learn(records)
+            self.protocol.learn(records, monotonic())
             self._tell_change()
             listeners = list(self._listeners)
         for listener in listeners:
@@ -215,10 +216,12 @@ class Caller(ABC):
             return link
         if link.hello.outcome is None and monotonic() >= until:
             raise errors.CallTimeout(f"{name_of(peer)} did not answer the hello before the deadline", executed="no")
-        why = link.ended or "it did not answer the hello"
+        why, event = link.ended or "it did not answer the hello", LOST_PEER
         if link.hello.outcome == REJECTED:
             why = "{}: {}".format(*link.hello.body)
-        self._lost(peer, link, why)
+            if link.hello.body[0] == "wrong node":
+                event = REPLACED
+        self._lost(peer, link, why, event)
         raise errors.PeerLost(f"no connection to {name_of(peer)}: {link.error or why}", executed="no") from link.error
 
     async def _await_hello(self, link: Link, until: float) -> bool:
@@ -239,20 +242,20 @@ class Caller(ABC):
             raise
         except errors.ProtocolError as error:
             link.error = error
-            self._lost(peer, link, str(error))
+            self._lost(peer, link, str(error), REPLACED)
             return
         link.tell(ended)
         if ready:
             link.answered()
 
-    def _lost(self, peer: Peer, link: Link, why: str) -> None:
+    def _lost(self, peer: Peer, link: Link, why: str, event: str = LOST_PEER) -> None:
         """The connection is over. Its calls end; the socket is closed by the housekeeping."""
         if not link.end(why):
             return
         with self.lock:
             if peer.link is link:
                 peer.link = None
-                self.protocol.lost(peer, why, monotonic())
+                self.protocol.lost(peer, why, monotonic(), event)
             self._links.pop(peer.id, None)
             self._ended_links.append(link)
             self._tell_change()
@@ -491,11 +494,7 @@ class Caller(ABC):
             await self.want(terms.service, attempt.until)
         ready = min(attempt.until, attempt.started + terms.ready_timeout)
         while True:
-            routes = self.protocol.routes.candidates(terms.service, terms.server)
-            if tried:
-                routes = tuple(route for route in routes if route not in tried) or tuple(
-                    route for route in self.protocol.routes.of(terms.service, terms.server) if route not in tried
-                )
+            routes = self.protocol.routes.untried(terms.service, terms.server, tried)
             if routes:
                 return choose(routes, next(terms.turns))
             if error is not None and (full or monotonic() >= ready):
@@ -506,6 +505,11 @@ class Caller(ABC):
                 attempt.pause *= 2
                 tried = attempt.tried = ()
             elif not await self.wait_for(lambda: bool(self.protocol.routes.of(terms.service, terms.server)), ready):
+                with self.lock:
+                    later = min(self.protocol.peers.expected(terms.service, terms.server) + 1.0, attempt.until)
+                if later > monotonic() and not self.closed:
+                    ready = later  # it is there, and it is not our turn yet
+                    continue
                 if self.closed:
                     raise errors.NodeClosed("this node was closed while a request waited for a server")
                 self._fail(attempt, attempt.no_route(self.protocol.routes, self.settings, ready))

@@ -21,6 +21,7 @@ from onehop.addresses import advertised
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
 from onehop.protocol.inbox import Inbox
+from onehop.protocol.peers import IDLE
 from onehop.settings import Settings
 from onehop.statistics import Statistics, of_peer
 from onehop.transport.caller import Caller
@@ -33,6 +34,7 @@ log = logging.getLogger("onehop")
 
 GOODBYE_LINGER = 0.1
 """Seconds that a goodbye may take to leave when the node is closed."""
+UNUSED = "it was not used for a while"
 GRACE = 1.0
 """Seconds after its deadline for which a call is its owner's to end."""
 TICK = 0.1
@@ -74,7 +76,7 @@ class Engine(Caller):
         self._announcing = threading.RLock()
         self._offers: list[Offer] = []
         self._draining = False
-        self._looked = 0.0
+        self._looked = self._looked_for_idle = 0.0
 
     @abstractmethod
     def _receive(self, inbound: Inbound) -> None:
@@ -200,7 +202,7 @@ class Engine(Caller):
             log.exception("the housekeeping of node %s met an error; it goes on", self.protocol.id.hex())
         for link in ended:
             self._leave(link)
-        stuck = [link for link in ended if not link.close(0.0)]
+        stuck = [link for link in ended if not link.close(GOODBYE_LINGER)]
         with self.lock:
             self._ended_links += stuck
             again = len(self._ended_links) > len(stuck)
@@ -233,6 +235,13 @@ class Engine(Caller):
                 ]  # fmt: skip
             for link in links:
                 self._look_after(link, now)
+        if now - self._looked_for_idle >= self.settings.idle_timeout / 50:
+            self._looked_for_idle = now
+            with self.lock:
+                links = [link for link in self._links.values() if link.resting and now >= link.idle_at]
+            for link in links:
+                if link.calls.last == link.numbered and link.retire(UNUSED):
+                    self._lost(link.peer, link, UNUSED, IDLE)
         if self.inbound is not None:
             self.inbound.look(now)
 
@@ -247,6 +256,7 @@ class Engine(Caller):
         idle = not calls.pending and calls.last == link.numbered
         link.numbered = calls.last
         if idle != link.resting:
+            link.idle_at = now + self.settings.idle_timeout * (0.8 + 0.4 * self.protocol.peers.random())
             self._rest(link, idle)  # before the look: nothing may come unseen between
         link.look()
         for call in calls.expire(now - GRACE):  # begun, and its owner never came back for it
