@@ -1,4 +1,4 @@
-"""Fan-outs to very many receivers by way of relays: who passes on to whom, and what the two say to each other (wire 6).
+"""Fan-outs to very many receivers by way of relays: who passes on to whom, and what the two say to each other (wire 8).
 
 The tree has two levels. The origin splits the receivers into chunks, and asks one willing node of each to pass the cast
 on to the rest of it. Chunks follow from the node ids alone, and relays stay for a while: so the links that a fan-out
@@ -128,7 +128,7 @@ def receiver_of(route: Route) -> Receiver:
 
 
 def request(service: str, method: str, receivers: Iterable[Receiver], body: Body) -> bytes:
-    """The body of a request to a relay (wire 6.1): pass the cast ``body`` on to ``receivers``."""
+    """The body of a request to a relay (wire 8.2): pass the cast ``body`` on to ``receivers``."""
     head = json.dumps([service, method, list(receivers)]).encode()
     return b"".join((_HEAD.pack(len(head)), head, body))
 
@@ -153,7 +153,7 @@ def parse_request(raw: Body) -> tuple[str, str, list[Receiver], Body]:
 
 
 def receipts(told: Iterable[Receipt]) -> bytes:
-    """The body of a relay's answer (wire 6.2), in the order of the request."""
+    """The body of a relay's answer (wire 8.3), in the order of the request."""
     return json.dumps(list(told)).encode()
 
 
