@@ -145,7 +145,8 @@ def parse_request(raw: Body) -> tuple[str, str, list[Receiver], Body]:
         receivers = [Receiver(node, server, host, tuple(endpoints)) for node, server, host, endpoints in told]
         for node, server, host, endpoints in receivers:
             wire.names(service, server, method)
-            if len(bytes.fromhex(node)) != 16 or not all(isinstance(each, str) for each in (host, *endpoints)):
+            is_text = all(isinstance(each, str) for each in (host, *endpoints))
+            if len(bytes.fromhex(node)) != 16 or not endpoints or not is_text:
                 raise WireError(f"{node!r} on {host!r} at {endpoints!r} is no receiver")
     except _NONSENSE as error:
         raise WireError(f"a request to a relay that cannot be read: {error}") from None
