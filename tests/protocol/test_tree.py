@@ -145,6 +145,14 @@ def test_a_request_comes_back_as_it_went(told: list[tuple[str, str, list[str]]],
     assert (service, method, found, bytes(rest)) == ("clock", "set", receivers, body)
 
 
+def test_what_is_said_is_what_the_page_says() -> None:
+    receivers = [tree.Receiver(bytes(range(16)).hex(), "a", "host-7", ("tcp://10.0.0.7:9502",))]
+    assert tree.request("clock", "set", receivers, b"body") == (
+        b'\x5b\0\0\0["clock","set",[["000102030405060708090a0b0c0d0e0f","a","host-7",["tcp://10.0.0.7:9502"]]]]body'
+    )
+    assert tree.receipts([tree.Receipt(tree.REFUSED, 0.5, "full", "no room")]) == b'[["refused",0.5,"full","no room"]]'
+
+
 def test_names_that_are_no_text_come_back_too() -> None:
     receivers = [tree.Receiver("00" * 16, "a\udcff", "h", ("e",))]
     assert tree.parse_request(tree.request("cl\udcfe", "m", receivers, b""))[:3] == ("cl\udcfe", "m", receivers)

@@ -129,7 +129,7 @@ def receiver_of(route: Route) -> Receiver:
 
 def request(service: str, method: str, receivers: Iterable[Receiver], body: Body) -> bytes:
     """The body of a request to a relay (wire 8.2): pass the cast ``body`` on to ``receivers``."""
-    head = json.dumps([service, method, list(receivers)]).encode()
+    head = _json([service, method, list(receivers)])
     return b"".join((_HEAD.pack(len(head)), head, body))
 
 
@@ -153,9 +153,13 @@ def parse_request(raw: Body) -> tuple[str, str, list[Receiver], Body]:
     return service, method, receivers, raw[end:]
 
 
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 def receipts(told: Iterable[Receipt]) -> bytes:
     """The body of a relay's answer (wire 8.3), in the order of the request."""
-    return json.dumps(list(told)).encode()
+    return _json(list(told))
 
 
 def parse_receipts(raw: Body, number: int) -> list[Receipt]:
