@@ -85,11 +85,15 @@ local function text(number)  -- Lua itself writes 14 digits only
     return string.format('%.0f', number)
 end
 
-local function changed(what, node, value)
+local function begin_count()
     -- A count that was lost goes on far beyond where it was, so that nobody takes it for the same.
     redis.call('SET', count, text(time[1] * 1000000 + time[2]), 'NX')
-    local number = redis.call('INCR', count)
     redis.call('PEXPIRE', count, kept)
+end
+
+local function changed(what, node, value)
+    begin_count()
+    local number = redis.call('INCR', count)
     redis.call('PUBLISH', channel, text(number) .. ' ' .. what .. ' ' .. node .. ' ' .. value)
 end
 
@@ -170,7 +174,8 @@ reap(ARGV[4])
 return redis.call('GET', count) or '0'
 """
 _READ = """
-local prefix, answer = ARGV[4], {redis.call('GET', count) or '0'}
+begin_count()  -- so that the first change is the next one for whoever has read before it
+local prefix, answer = ARGV[4], {redis.call('GET', count)}
 local all = redis.call('ZRANGE', nodes, 0, -1)
 for first = 1, #all, 1000 do
     local keys = {}
