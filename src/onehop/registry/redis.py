@@ -5,7 +5,7 @@ The keys of a realm, each part quoted::
     onehop:<realm>:record:<service>:<node id>   the record, behind a number that grows; lives for a lease
     onehop:<realm>:nodes:<service>              sorted set of node ids, by the time at which their leases end
     onehop:<realm>:count:<service>              grows by one with each change of the service
-    onehop:<realm>:services                     sorted set of services, by the time at which their last lease ends
+    onehop:<realm>:services                     sorted set of services, by the time until which each is worth a look
 
 and the channels ``onehop:<realm>:<database>:change:<service>``. Subscriptions lose messages in silence. So each message
 carries the count, who follows compares the count now and then, and reads a service anew where one is missing: in the
@@ -107,13 +107,15 @@ local function current()
 end
 
 local function live(service, node)
-    local new = redis.call('ZADD', nodes, now + lease, node)
-    redis.call('PEXPIRE', nodes, kept)
-    redis.call('PEXPIRE', count, kept)
-    redis.call('ZADD', services, now + lease, service)
-    redis.call('ZREMRANGEBYSCORE', services, '-inf', now - kept)
-    redis.call('PEXPIRE', services, kept)
-    return new == 1
+    local new = redis.call('ZADD', nodes, now + lease, node) == 1
+    if new or redis.call('PTTL', nodes) < kept / 2 then  -- what all have in common, one of them now and then
+        redis.call('PEXPIRE', nodes, kept)
+        redis.call('PEXPIRE', count, kept)
+        redis.call('ZADD', services, now + kept, service)
+        redis.call('ZREMRANGEBYSCORE', services, '-inf', now)
+        redis.call('PEXPIRE', services, kept)
+    end
+    return new
 end
 
 local function reap(prefix)
