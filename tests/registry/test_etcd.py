@@ -233,9 +233,9 @@ def test_a_service_is_never_taken_for_another_that_begins_like_it(
     etcd: Etcd, stores: Stores, eventually: Eventually
 ) -> None:
     services = ["a", "ab", "a/b", "a0", "a%2Fb", "a.", ".", "..", "ä", "a b", "A", "a/"]
-    server, _ = stores.connected(etcd.url())
-    other, _ = stores.connected(etcd.url(), realm=stores.realm + "/services")
-    longer, _ = stores.connected(etcd.url(), realm=stores.realm + "0")
+    server, _ = stores.connected(etcd.url(), lease=60.0)
+    other, _ = stores.connected(etcd.url(), realm=stores.realm + "/services", lease=60.0)
+    longer, _ = stores.connected(etcd.url(), realm=stores.realm + "0", lease=60.0)
     client, heard = stores.connected(etcd.url())
     for each in (server, other, longer):
         each.publish("n0", {service: service.encode() for service in services})
@@ -245,6 +245,17 @@ def test_a_service_is_never_taken_for_another_that_begins_like_it(
         each.publish("n0", dict.fromkeys(services, b"changed"))
     eventually(lambda: len(heard.changes) >= len(services), WITHIN)
     assert sorted(heard.changes) == sorted(Change(service, "n0", b"changed") for service in services)
+
+
+def test_each_of_many_services_is_told_of(etcd: Etcd, stores: Stores, eventually: Eventually) -> None:
+    server, _ = stores.connected(etcd.url(), lease=60.0)
+    client, heard = stores.connected(etcd.url())
+    services = [f"service {number:02}" for number in range(40)]
+    for service in services:  # each time one question more is asked of the same stream
+        client.follow(service)
+    server.publish("n0", dict.fromkeys(services, b"1"))
+    eventually(lambda: len(heard.changes) == len(services), WITHIN)
+    assert sorted(heard.changes) == [Change(service, "n0", b"1") for service in services]
 
 
 def test_whoever_follows_all_services_hears_of_all_once(etcd: Etcd, stores: Stores, eventually: Eventually) -> None:
