@@ -151,6 +151,7 @@ class EtcdStore(Store):
         self._next: dict[str, int] = {}  # by service followed: the revision from which changes are still to be told
         self._farewells: set[bytes] = set()  # keys that were told as withdrawn, and are not deleted yet
         self._lease = 0
+        self._seen = 0  # the last revision at which all our keys were seen
         self._keys: dict[bytes, bytes | None] = {}  # that may be ours, with what was put there; None: not known
 
     # --- what a store promises ---
@@ -196,14 +197,20 @@ class EtcdStore(Store):
         self._lease, self._keys = 0, {}
 
     def keep(self) -> None:
-        # A lease that is not known is answered with no time to live, not with an error.
-        if self._lease and not self._ask("lease/keepalive", {"ID": self._lease}).ttl:
-            raise self._lost(f"{self._where} does not know our lease any more")
+        revision = 0
+        if self._lease:
+            answer = self._ask("lease/keepalive", {"ID": self._lease})
+            if not answer.ttl:  # so it is said of a lease that is not known
+                raise self._lost(f"{self._where} does not know our lease any more")
+            revision = answer.header.revision
+            if revision == self._seen:
+                return  # nobody wrote anything since our keys were seen
         # Without keys too: a server that hangs is noticed by this while we only follow.
         for some in _slices(sorted(self._keys)) or [[]]:
             compare = [{"key": each, "target": "LEASE", "lease": self._lease} for each in some]
             if not self._ask("kv/txn", {"compare": compare}).succeeded:
                 raise self._lost(f"a key of ours is gone from {self._where}")
+        self._seen = revision
 
     def close(self) -> None:
         self._end_stream()
