@@ -22,7 +22,7 @@ from tests.registry.outages import Outages
 from onehop.errors import RegistryError, SettingsError
 from onehop.registry import open_registry
 from onehop.registry.etcd import OPTIONS, PAGE, PORT, EtcdStore
-from onehop.registry.leased import LeaseLost, StoreAway, quoted
+from onehop.registry.leased import LeaseLost, StoreAway, quoted, unquoted
 from onehop.registry.urls import parse
 from onehop.settings import Settings
 
@@ -311,14 +311,15 @@ def test_what_is_none_of_ours_is_told_as_it_is(etcd: Etcd, stores: Stores, event
     client, heard = stores.connected(etcd.url())
     etcd.put(key(stores, "a/before"), "no record")
     assert client.follow("a") == {("a", "before"): b"no record"}
-    for rest in ("a/b/c", "a/", "a/n\u00fc"):
+    for rest in ("a/b/c", "a/", "a/nü", "a/%ff%"):
         etcd.put(key(stores, rest), "garbage")
     etcd.delete(key(stores, "a/before"))
-    eventually(lambda: len(heard.changes) == 4, WITHIN)
+    eventually(lambda: len(heard.changes) == 5, WITHIN)
     assert heard.changes == [
         Change("a", "b/c", b"garbage"),
         Change("a", "", b"garbage"),
-        Change("a", "n\u00fc", b"garbage"),
+        Change("a", "nü", b"garbage"),
+        Change("a", unquoted("%ff%"), b"garbage"),
         Change("a", "before", None),
     ]
     assert not heard.broken

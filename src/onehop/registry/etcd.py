@@ -223,11 +223,10 @@ class EtcdStore(Store):
         self._disconnect()
 
     def forget(self) -> None:
-        request_wire = self._connection.sock if self._connection else None
-        for wire in (request_wire, self._stream.wire if self._stream else None):
-            if wire is not None:
-                # As a bare descriptor: TLS says no goodbye, and no lock is taken that a thread of the parent held.
-                socket.close(wire.detach())
+        if self._stream is not None:
+            self._stream.forget()
+        if self._connection is not None and self._connection.sock is not None:
+            _let_go(self._connection.sock)
         self._lease, self._keys = 0, {}
         self._connection = self._stream = None
 
@@ -436,11 +435,13 @@ class EtcdStore(Store):
             response = self._post(connection, "watch", body, streamed=True)
             stream = _Stream(self._where, wire, response, take, self._tell.broke)
             stream.begin(len(watched), self._lease_length)
-        except (OSError, HTTPError) as error:
+        except Exception as error:
             if stream is not None:
                 stream.end()
             self._leave(str(error))
-            raise error if isinstance(error, StoreAway) else self._failure(error) from error
+            if isinstance(error, StoreAway | RegistryError):
+                raise
+            raise self._failure(error) from error
         self._stream = stream
 
     def _end_stream(self) -> None:
@@ -542,6 +543,11 @@ class _Stream:
             self._thread.join()
         self._close()
 
+    def forget(self) -> None:
+        """In a forked child, where its thread does not exist."""
+        self._wanted = False
+        _let_go(self.wire)
+
     def _run(self) -> None:
         try:
             while self._wanted:
@@ -568,6 +574,11 @@ def _lines(response: HTTPResponse) -> Iterator[bytes]:
                 yield line
             parts = [each]
     raise ConnectionResetError("it ended the stream")
+
+
+def _let_go(wire: socket.socket) -> None:
+    """Close it as a bare descriptor: TLS says no goodbye, and no lock is taken that a thread of the parent held."""
+    socket.close(wire.detach())
 
 
 def _end(prefix: str) -> bytes:
