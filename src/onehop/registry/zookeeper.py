@@ -76,7 +76,8 @@ class ZooKeeperStore:
         self._top = "/".join(["", *prefix, quoted(settings.realm or "default"), "services"])
         self._connection: _Connection | None = None
         self._session: tuple[int, bytes] | None = None
-        self._ours: set[str] = set()  # what we may have put and not taken back, in whichever session
+        self._sessions: set[int] = set()  # that we ever had
+        self._ours: set[str] = set()  # what we may have put and not taken back, in whichever of them
         self._warned = False
 
     def connect(self, tell: Tell) -> None:
@@ -85,6 +86,7 @@ class ZooKeeperStore:
         self._connection = connection
         connection.open()
         self._session = connection.session
+        self._sessions.add(connection.session[0])
         if connection.lease > 1.5 * self._lease and not self._warned:
             self._warned = True
             _log.warning(
@@ -121,7 +123,7 @@ class ZooKeeperStore:
                 paths = list(self._ours)
                 found = dict(zip([*parents, *paths], connection.read([*parents, *paths]), strict=True))
                 changes = [connection.container(each) for each in parents if found[each] is None]
-                steps = [_steps(path, wanted.get(path), found[path], connection) for path in paths]
+                steps = [self._steps(path, wanted.get(path), found[path]) for path in paths]
                 changes += [jute.Transaction(each) for each in steps if each]
                 if connection.change(changes):
                     self._ours &= wanted.keys()
@@ -163,6 +165,26 @@ class ZooKeeperStore:
             raise StoreAway(f"there is no connection to ZooKeeper at {self._place.shown}")
         return self._connection
 
+    def _steps(self, path: str, value: bytes | None, found: _Found | None) -> list[Any]:
+        """What makes ``path`` ours with ``value``, or nobody's where that is None.
+
+        A node of another session is replaced: it would go with that session. It is not taken away for nothing, if that
+        session was none of ours.
+        """
+        connection = self._connected()
+        above, _, name = path.rpartition("/")
+        marker = f"{above}/{MARK}{name}"
+        remove, create = jute.Delete(path, -1), connection.creation(path, value)
+        if value is None:
+            if found is None or found.session not in self._sessions:
+                return []
+            return [connection.creation(marker, b""), jute.Delete(marker, -1), remove]
+        if found is None:
+            return [create]
+        if found.session != connection.session[0]:
+            return [remove, create]
+        return [jute.SetData(path, value, -1)] if found.value != value else []
+
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Errors of kazoo as ours."""
@@ -177,8 +199,10 @@ class ZooKeeperStore:
                 f"{where} refuses {who} what is needed below {self._top}: name a user that may, as in "
                 "zookeeper://user:password@host/, or another place, as in ?prefix=..."
             ) from error
-        except refusals.UnimplementedError as error:
-            raise RegistryError(f"{where} is too old, it has no persistent watches: it must be 3.6 or later") from error
+        except (refusals.UnimplementedError, refusals.MarshallingError) as error:
+            raise RegistryError(
+                f"{where} has no persistent recursive watches: it must be 3.6 or later, with its usual WatchManager"
+            ) from error
         except refusals.KazooException as error:
             raise RegistryError(f"{where} refuses what it is asked: {type(error).__name__} {error}") from error
 
@@ -190,23 +214,6 @@ _AWAY = (
     refusals.SessionMovedError,
     refusals.OperationTimeoutError,
 )  # fmt: skip
-
-
-def _steps(path: str, value: bytes | None, found: _Found | None, connection: _Connection) -> list[Any]:
-    """What makes ``path`` ours with ``value``, or nobody's where that is None.
-
-    A node of a session that we had before is replaced: it would go with that session.
-    """
-    above, _, name = path.rpartition("/")
-    marker = f"{above}/{MARK}{name}"
-    remove, create = jute.Delete(path, -1), connection.creation(path, value)
-    if value is None:
-        return [connection.creation(marker, b""), jute.Delete(marker, -1), remove] if found else []
-    if found is None:
-        return [create]
-    if found.session != connection.session[0]:
-        return [remove, create]
-    return [jute.SetData(path, value, -1)] if found.value != value else []
 
 
 def _is_made(change: Any) -> bool:
