@@ -37,13 +37,14 @@ from onehop.settings import Settings
 PORT = 2181
 PATIENCE = 10.0  # seconds until an answer is given up; a server that hangs is noticed before, by its session
 CONNECT_PATIENCE = 4.0  # seconds for which all servers together are waited for
+_SESSION_PATIENCE = 0.5  # seconds until a session that was there before is asked for once more
 CLOSE_PATIENCE = 1.0  # seconds until the server has confirmed the end of the session
 MARK = "!"  # before a node id: its own withdrawal; no quoted name has it
 LIMIT = 1_000_000  # bytes of one value: ZooKeeper hangs up on a request of more than a mebibyte
 _AT_ONCE = 128  # reads in one request, and requests under way: with more than some 250 kazoo waits for itself
 _ATTEMPTS = 10  # at putting keys, while parents vanish or an old session ends
 
-_HUNG_UP = "it hangs up; it takes maxClientCnxns connections from one address, 60 if not told otherwise"
+_HUNG_UP = "it hangs up: it is starting, or has maxClientCnxns connections from here, 60 if not told otherwise"
 
 _log = logging.getLogger(__name__)
 # kazoo tells of each attempt that fails; that the registry is away is said by the registry, once.
@@ -314,7 +315,7 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
     def __init__(self, tls: ssl.SSLContext | None, patience: float) -> None:
         super().__init__()
         self.problems: dict[str, str] = {}  # by server: why it was left
-        self._tls, self._patience = tls, patience
+        self.patience, self._tls = patience, tls
         self._thread: threading.Thread | None = None
         self._pair: Sequence[socket.socket] = ()
         self._socket: socket.socket | None = None
@@ -341,7 +342,7 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
         try:
             if self.is_cut:
                 raise ConnectionAbortedError("closed")
-            connecting.settimeout(self._patience)
+            connecting.settimeout(self.patience)
             connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connecting.connect(address)
         except OSError as error:
@@ -394,6 +395,10 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
 class _Receiver(ConnectionHandler):  # type: ignore[misc]
     """kazoo's thread, for one connection, which hands over the events that kazoo does not know."""
 
+    def __init__(self, client: _Connection) -> None:
+        super().__init__(client, client._conn_retry.copy(), logger=client.logger)
+        self._limit = min(_SESSION_PATIENCE, client.handler.patience) if client._session_id else client.handler.patience
+
     def zk_loop(self) -> None:
         try:
             super().zk_loop()
@@ -413,16 +418,21 @@ class _Receiver(ConnectionHandler):  # type: ignore[misc]
         self.client.server = f"{host}:{port}"
         try:
             times = super()._connect(host, hostip, port)
-        except refusals.SessionExpiredError:
+        except (refusals.SessionExpiredError, KazooTimeoutError) as error:
+            if not self.client._session_id:
+                raise
+            # A server that starts may take a connection and never answer: so the session is asked for twice.
             self._socket.close()
-            self.client._reset_session()
+            if isinstance(error, refusals.SessionExpiredError):
+                self.client._reset_session()
+            self._limit = self.handler.patience
             times = super()._connect(host, hostip, port)
         self.client.established(times[0] * 1.5 / 1000)  # kazoo reads for two thirds of the session's length
         return times
 
     def _invoke(self, timeout: float, request: Any, xid: int | None = None) -> Any:
         try:
-            return super()._invoke(min(timeout, self.handler._patience), request, xid)
+            return super()._invoke(min(timeout, self._limit), request, xid)
         except (refusals.ConnectionDropped, KazooTimeoutError) as error:
             if isinstance(error, refusals.ConnectionDropped) and not self.handler.is_cut:
                 self.handler.problems[self.client.server] = _HUNG_UP
@@ -452,7 +462,7 @@ class _Connection(KazooClient):  # type: ignore[misc]
             logger=_kazoo_log,
         )
         self._acl = [*CREATOR_ALL_ACL, *READ_ACL_UNSAFE] if place.user else OPEN_ACL_UNSAFE
-        self._connection = _Receiver(self, self._conn_retry.copy(), logger=self.logger)
+        self._connection = _Receiver(self)
         feed.connection = self
 
     def open(self) -> None:
