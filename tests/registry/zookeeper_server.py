@@ -63,7 +63,7 @@ class ZooKeeper(Server):
         return (*JVM, *self._java, "-cp", JARS, main, str(self.directory / "zoo.cfg"))
 
     def answers(self) -> bool:
-        return "Mode:" in self.ask("srvr")
+        return "Mode:" in self.ask("srvr", within=0.3)  # one that starts takes connections that it never answers
 
     def url(self, *, port: int | None = None, **options: str) -> str:
         query = "&".join(f"{name}={value}" for name, value in options.items())
@@ -83,10 +83,10 @@ class ZooKeeper(Server):
         self.data.mkdir()
         self.start()
 
-    def ask(self, word: str) -> str:
+    def ask(self, word: str, within: float = 5.0) -> str:
         """Its answer to one of its four-letter words; empty where it is away."""
         try:
-            with socket.create_connection(("127.0.0.1", self.port), 1) as asked:
+            with socket.create_connection(("127.0.0.1", self.port), within) as asked:
                 asked.sendall(word.encode())
                 return b"".join(iter(lambda: asked.recv(65_536), b"")).decode()
         except OSError:

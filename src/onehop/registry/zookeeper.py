@@ -44,7 +44,9 @@ LIMIT = 1_000_000  # bytes of one value: ZooKeeper hangs up on a request of more
 _AT_ONCE = 128  # reads in one request, and requests under way: with more than some 250 kazoo waits for itself
 _ATTEMPTS = 10  # at putting keys, while parents vanish or an old session ends
 
-_HUNG_UP = "it hangs up: it is starting, or has maxClientCnxns connections from here, 60 if not told otherwise"
+_HUNG_UP = (
+    "it hangs up: it is starting, or speaks TLS only, or has maxClientCnxns connections from here (60, if not set)"
+)
 
 _log = logging.getLogger(__name__)
 # kazoo tells of each attempt that fails; that the registry is away is said by the registry, once.
@@ -315,6 +317,7 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
     def __init__(self, tls: ssl.SSLContext | None, patience: float) -> None:
         super().__init__()
         self.problems: dict[str, str] = {}  # by server: why it was left
+        self.untrusted = False  # one of them for its certificate, which no waiting mends
         self.patience, self._tls = patience, tls
         self._thread: threading.Thread | None = None
         self._pair: Sequence[socket.socket] = ()
@@ -347,6 +350,7 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
             connecting.connect(address)
         except OSError as error:
             hung_up = isinstance(error, ConnectionResetError | BrokenPipeError)
+            self.untrusted |= isinstance(error, ssl.SSLCertVerificationError)
             self.problems[f"{hostname}:{address[1]}"] = _HUNG_UP if hung_up else error.strerror or str(error)
             connecting.close()
             raise
@@ -470,6 +474,7 @@ class _Connection(KazooClient):  # type: ignore[misc]
 
         Raises:
             StoreAway: none of them answers.
+            RegistryError: one is not to be trusted.
         """
         self.start_async()
         self.settled.wait(CONNECT_PATIENCE)
@@ -478,6 +483,9 @@ class _Connection(KazooClient):  # type: ignore[misc]
             self.end()
             servers = [f"{host}:{port}" for host, port in self.place.servers]
             tried = [f"{each} ({self.handler.problems.get(each.lower(), 'does not answer')})" for each in servers]
+            if self.handler.untrusted:
+                trusted = self.place.options.get("ca", "the system's certificates")
+                raise RegistryError(f"no ZooKeeper that {trusted} vouches for answers at {', '.join(tried)}")
             raise StoreAway(f"no ZooKeeper answers at {', '.join(tried)}")
 
     def established(self, lease: float) -> None:
