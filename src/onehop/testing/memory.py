@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from onehop.errors import SettingsError
-from onehop.interfaces import Deliver, Record
+from onehop.interfaces import Deliver, Record, Registry
 from onehop.protocol.wire import Body, Frame
 from onehop.transport.carrier import InboundSocket, LinkSocket
 
@@ -247,7 +247,7 @@ class Records:
         return sorted(records, key=lambda record: record.node)
 
 
-class MemoryRegistry:
+class MemoryRegistry(Registry):
     """See :class:`onehop.interfaces.Registry`."""
 
     def __init__(self, records: Records) -> None:
