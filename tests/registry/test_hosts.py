@@ -156,12 +156,13 @@ class Site:
         return views
 
     def start(self, host: int, *records: int | Record, **settings: Any) -> Process:
-        """A process of ``host`` with a node for each record."""
+        """A process of ``host`` with a node for each record, or with one that has none."""
 
         def announce() -> list[HostsRegistry]:
-            nodes = [self.make(host, **settings) for _ in records]
-            for node, each in zip(nodes, records, strict=True):
+            nodes = [self.make(host, **settings) for _ in records or (0,)]
+            for node, each in zip(nodes, records, strict=False):
                 node.announce(record(each) if isinstance(each, int) else each)
+            nodes[0].watch(Views())
             return nodes
 
         process = Process(announce)
@@ -213,6 +214,7 @@ def test_nodes_of_one_host_keep_the_contract(site: Site) -> None:
 
 def test_nodes_of_several_hosts_keep_the_contract(site: Site) -> None:
     hosts = count()
+    assert all(eventually(lambda each=each: site.directory(each).is_held) for each in site.listed)
     check_registry(lambda: site.make(next(hosts) % 3 + 1), crash_within=AT_ONCE, joins=60)
 
 
@@ -583,7 +585,8 @@ def test_a_port_that_is_held_by_something_else_is_named_and_taken_when_it_is_fre
         with suppress(OSError):
             while True:
                 connection, _ = other.accept()
-                connection.sendall(b"SSH-2.0-Other\r\n")
+                with connection:
+                    connection.sendall(b"SSH-2.0-Other\r\n")
 
     greeting = threading.Thread(target=greet, daemon=True)
     greeting.start()

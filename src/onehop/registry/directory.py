@@ -42,7 +42,8 @@ HANDSHAKE = 5.0  # seconds in which a connection has to be greeted
 LONGEST_LEASE = 3600.0  # seconds
 CONNECTIONS = 32_768  # at most; and half of the descriptors that this process may have
 _CHUNK = 256 * 1024
-_RETRY = 5.0  # seconds between two attempts to take a port that nobody of ours holds
+_RETRY = 5.0  # seconds between two attempts to take a port that nobody of ours holds; at most, and fewer until
+_IN_VAIN = 8  # so many were in vain
 _SWEEP = 0.5  # seconds between two looks for the silent
 _LOOK_FOR_REALM = 0.2  # seconds until another look whether this host has nodes of a realm by now
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
@@ -437,7 +438,7 @@ class Directory(Loop):
         self._settings, self._towards, self._port = settings, towards, 0
         self._listeners: dict[socket.socket, bool] = {}  # whether the selector knows of it
         self._holder: Line | None = None  # to the process that holds the port
-        self._holder_speaks = False
+        self._in_vain = 0  # attempts since a holder was heard
         self._take_at = 0.0
         self._problem = ""
         self._clients: set[_Client] = set()
@@ -499,17 +500,18 @@ class Directory(Loop):
             self._take_at = now + _RETRY
             if self._holder is None:
                 self._take()
-            elif self._holder_speaks:
+            elif not self._in_vain:
                 self._holder.send(ALIVE)
             else:
+                self._in_vain = _IN_VAIN
                 raise Broken("it does not answer")
         except Broken as broken:
             if self._holder is not None:
                 self._holder.close()
                 self._holder = None
-                # At once where it was ours and ended. Milliseconds, lest all of this host come at the same time.
-                self._take_at = now + (random.uniform(0.0, 0.01) if self._holder_speaks else _RETRY)
-            if not self._holder_speaks:
+            # Milliseconds at first, lest all of this host come at the same time.
+            self._take_at = now + random.uniform(0.0, min(0.01 * 2.0**self._in_vain, _RETRY))
+            if self._in_vain >= _IN_VAIN:
                 self._warn(
                     f"port {self._port} at {self.address} is held by something that is no directory of onehop: "
                     f"{broken}; {_ADVICE}, or end what holds it"
@@ -519,7 +521,7 @@ class Directory(Loop):
         for line in holder.read():
             if line and not isinstance(understood(from_directory, line), Told):
                 raise Broken(f"it refuses: {line[:200]!r}")
-            self._holder_speaks = True
+            self._in_vain = 0
         holder.flush()
 
     def _take(self) -> None:
@@ -556,7 +558,7 @@ class Directory(Loop):
         _log.info("this process holds the directory of its host, at %s, port %d", self.address, self._port)
 
     def _follow(self, address: str) -> None:
-        self._holder_speaks = False
+        self._in_vain += 1
         try:
             connection = socket.create_connection((address, self._port), timeout=1.0)
         except ConnectionRefusedError:  # it ended meanwhile

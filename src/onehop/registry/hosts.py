@@ -61,7 +61,7 @@ REFUSED = 0.7  # seconds after which a host that still refuses has nobody left t
 GRACE = 2.0  # seconds, at least, for those who told a directory of themselves to tell its successor
 TOGETHER = 1.0  # seconds within which all directories hear of one event
 LIST_PERIOD = 1.0  # seconds between two looks whether the list is another
-SAVE_PERIOD = 5.0  # seconds between two writings of the cache, at least
+FIRST_SAVE, SAVE_PERIOD = 1.0, 5.0  # seconds until the cache is written, and between two writings, at least
 _SOON = 0.2  # seconds between two turns while something is not settled
 
 _log = logging.getLogger(__name__)
@@ -238,7 +238,8 @@ class _Watcher(Loop):
         self._links: dict[Server, _Link] = {}
         self._remembered = _Link(("", 0), 0.0)  # what the disk told
         self._recalled: list[Record] = []  # what it tells just now
-        self._beat_at = self._list_at = self._publish_at = self._save_at = 0.0
+        self._beat_at = self._list_at = self._publish_at = 0.0
+        self._save_at = time.monotonic() + FIRST_SAVE
         # The view. Under this lock, which is never held while something is delivered.
         self._changed = threading.Condition(threading.Lock())
         self._deliver: Deliver | None = None
@@ -353,7 +354,7 @@ class _Watcher(Loop):
             self.publish()
             # After a while that depends on what it took, so that many who come at once are delivered together.
             self._publish_at = now + min(3 * (time.monotonic() - now), 0.3)
-        if now >= self._save_at and self._view is not None and self._view is not self._saved:
+        if now >= self._save_at and self._view is not self._saved:
             self._save_at = now + SAVE_PERIOD
             self._save()
         return self._due(now) - now
@@ -384,6 +385,8 @@ class _Watcher(Loop):
                 due.append(now + _SOON)
         if self._remembered.known:
             due.append(now + _SOON)
+        if self._view is not self._saved:
+            due.append(self._save_at)
         return min(due)
 
     def _follow_list(self, now: float) -> None:
@@ -608,7 +611,8 @@ class _Watcher(Loop):
 
     def _save(self) -> None:
         self._saved = view = self._view
-        for service in self.wants:
+        links = self._links.values()
+        for service in [each for each in self.wants if any(link.knows(each) for link in links)]:
             parts = (
                 trimmed(record, {name}) for record in view or () for name in ([service] if service else record.services)
             )
