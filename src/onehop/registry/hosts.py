@@ -10,19 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import random
-import re
 import socket
 import threading
 import time
-import tomllib
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
 import msgspec
 
@@ -31,15 +27,11 @@ from onehop.errors import RegistryError, SettingsError
 from onehop.interfaces import Deliver, Record, Registry
 from onehop.registry import urls
 from onehop.registry.directory import (
-    ALIVE,
     HANDSHAKE,
     VERSION,
     Announce,
-    Broken,
     Directory,
     Hello,
-    Line,
-    Loop,
     Refusal,
     Told,
     Want,
@@ -51,22 +43,22 @@ from onehop.registry.directory import (
     trimmed,
     understood,
 )
+from onehop.registry.hosts_file import HostsFile, HostsList, Server
+from onehop.registry.lines import ALIVE, Broken, Line, Loop
 from onehop.registry.local import LocalRegistry
 from onehop.registry.view import Cache
 from onehop.settings import Settings
 
 ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of one line from a directory
-FIRST_RETRIES, LONGEST_RETRY = 6, 5.0  # so many at once, for a takeover; then up to so many seconds
+FIRST_RETRIES, LONGEST_RETRY = 5, 5.0  # so many in the second of a takeover; then after up to so many seconds
+PATIENCE = 0.1  # seconds for an answer from all, where some have answered
 REFUSED = 0.7  # seconds after which a host that still refuses has nobody left to take its port over
 GRACE = 2.0  # seconds, at least, for those who told a directory of themselves to tell its successor
 TOGETHER = 1.0  # seconds within which all directories hear of one event
-LIST_PERIOD = 1.0  # seconds between two looks whether the list is another
 FIRST_SAVE, SAVE_PERIOD = 1.0, 5.0  # seconds until the cache is written, and between two writings, at least
 _SOON = 0.2  # seconds between two turns while something is not settled
 
 _log = logging.getLogger(__name__)
-
-Server = tuple[str, int]
 
 
 class HostsRegistry(Registry):
@@ -93,9 +85,10 @@ class HostsRegistry(Registry):
         if not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
             raise SettingsError(f"ports is {settings.ports!r}; it must look like 9501-9564")
         self._settings, self._url = settings, url
-        self._list: _File | tuple[Server, ...] = (
-            _File(url, int(port)) if url.lower().startswith("file:") else urls.parse(url, int(port)).servers
-        )
+        if url.lower().startswith("file:"):
+            self._list: HostsList = HostsFile(url, int(port))
+        else:
+            self._list = HostsList(urls.parse(url, int(port)).servers)
         self._local = LocalRegistry(settings)
         self._watcher: _Watcher | None = None
         self._wanted: set[str] = set()
@@ -104,7 +97,7 @@ class HostsRegistry(Registry):
     @property
     def addresses(self) -> Sequence[Server]:  # type: ignore[override]
         """The listed hosts. Raises SettingsError where they stand in a file that cannot be read."""
-        return self._list.servers if isinstance(self._list, _File) else self._list
+        return self._list.servers
 
     def announce(self, record: Record) -> None:
         watcher = self._open()
@@ -219,16 +212,14 @@ class _Link:
         return self.live and (service in self.answered or "" in self.answered)
 
     def is_awaited(self, now: float, others: bool) -> bool:
-        """Whether an answer from it may come soon; with ``others`` that have answered, a little less patiently."""
-        return self.tries <= FIRST_RETRIES and not (others and now - self.began > 0.3 and not self.live)
+        """Whether an answer from it may come soon; with ``others`` that have answered, less patiently."""
+        return now - self.broke <= PATIENCE if others and not self.live else self.tries <= FIRST_RETRIES
 
 
 class _Watcher(Loop):
     """The connections of one node to all listed directories, and the view that comes of what they tell."""
 
-    def __init__(
-        self, settings: Settings, hosts: _File | tuple[Server, ...], directory: Directory, cache: Cache
-    ) -> None:
+    def __init__(self, settings: Settings, hosts: HostsList, directory: Directory, cache: Cache) -> None:
         super().__init__("onehop-hosts")
         self.directory = directory
         self.wants: set[str] = set()
@@ -340,7 +331,7 @@ class _Watcher(Loop):
             if link.line is not None:
                 self._hear(link, now)
         if now >= self._list_at:
-            self._list_at = now + LIST_PERIOD
+            self._list_at = now + self._list.period
             self._follow_list(now)
         beats = now >= self._beat_at
         if beats:
@@ -373,9 +364,7 @@ class _Watcher(Loop):
                 link.line.forget()
 
     def _due(self, now: float) -> float:
-        due = [self._beat_at]
-        if isinstance(self._list, _File):
-            due.append(self._list_at)
+        due = [self._beat_at, self._list_at]
         if self._is_publishable:
             due.append(self._publish_at)
         for link in self._links.values():
@@ -390,19 +379,15 @@ class _Watcher(Loop):
         return min(due)
 
     def _follow_list(self, now: float) -> None:
-        if isinstance(self._list, _File):
-            self._list.look()
-            servers: Sequence[Server] = self._list.servers
-        else:
-            servers = self._list
-        for server in self._links.keys() - set(servers):
-            link = self._links.pop(server)
+        self._list.look()
+        servers, before = self._list.servers, self._links
+        if tuple(before) != servers:  # another object, as other threads read it
+            self._links = {server: before.get(server) or _Link(server, now) for server in servers}
+        for server in before.keys() - self._links.keys():
+            link = before[server]
             if link.line is not None:
                 link.line.close()
-            self._drop(link, list(link.known))
-        for server in servers:
-            if server not in self._links:
-                self._links = self._links | {server: _Link(server, now)}  # read by other threads
+            self._settle(link.known)
 
     def _attend(self, link: _Link, beats: bool, now: float) -> None:
         """Whatever is due on one link."""
@@ -498,10 +483,12 @@ class _Watcher(Loop):
             link.hold_until = (link.heard if silent else now) + self._lease
         link.refused = broken.refused
         link.tries += 1
-        quick = link.tries <= FIRST_RETRIES
-        longest = min(LONGEST_RETRY, 0.3 * 2.0 ** min(link.tries - FIRST_RETRIES, 10))
-        link.retry_at = now + (random.uniform(0.05, 0.25) if quick else random.uniform(0.1, longest))
-        if not quick and str(broken) != link.problem:
+        if link.tries <= FIRST_RETRIES:
+            delay = link.tries * random.uniform(0.02, 0.1)
+        else:
+            delay = random.uniform(0.1, min(LONGEST_RETRY, 0.3 * 2.0 ** min(link.tries - FIRST_RETRIES, 10)))
+        link.retry_at = now + delay
+        if link.tries > FIRST_RETRIES and str(broken) != link.problem:
             link.problem = str(broken)
             _log.warning("%s is away, and tried again: %s", link, broken)
 
@@ -617,92 +604,3 @@ class _Watcher(Loop):
                 trimmed(record, {name}) for record in view or () for name in ([service] if service else record.services)
             )
             self._cache.save(service, [part for part in parts if part is not None])
-
-
-class _File:
-    """The list of hosts in a file, for sites that template everything."""
-
-    def __init__(self, url: str, port: int) -> None:
-        path = url[len("file:") :]
-        if not path.startswith("///") or "?" in path or "#" in path:
-            raise SettingsError(f"registry is {url!r}; it must look like file:///etc/onehop/peers.toml")
-        self._path = Path(unquote(path[2:]))
-        self._port = port
-        self._signature: tuple[int, int, int] | None = None
-        self._servers: tuple[Server, ...] = ()
-        self._problem = ""
-
-    @property
-    def servers(self) -> tuple[Server, ...]:
-        """The last good list. Raises SettingsError if there never was one."""
-        if not self._servers:
-            self._servers = self._read()
-        return self._servers
-
-    def look(self) -> None:
-        """Read the file again if it changed; where it is wrong, the last good list stays, with one warning."""
-        try:
-            found = self._path.stat()
-            signature = found.st_ino, found.st_mtime_ns, found.st_size
-            if signature == self._signature:
-                return
-            self._signature = signature
-            self._servers = self._read()
-            self._problem = ""
-        except (OSError, SettingsError) as error:
-            problem = str(error)
-            if problem != self._problem:
-                _log.warning("the hosts listed before stay: %s", problem)
-            self._problem = problem
-
-    def _read(self) -> tuple[Server, ...]:
-        try:
-            text = self._path.read_text(encoding="utf-8")
-            content = tomllib.loads(text)
-        except OSError as error:
-            raise SettingsError(f"the list of hosts {self._path} cannot be read: {error.strerror}") from error
-        except ValueError as error:  # not TOML, or not UTF-8
-            raise SettingsError(f"{self._path} is not a list of hosts in TOML: {error}; {_EXAMPLE}") from error
-        hosts = content.get("hosts")
-        if content.keys() != {"hosts"} or not isinstance(hosts, list) or not hosts:
-            raise SettingsError(f"{self._path} must hold tables [[hosts]], at least one, and nothing else; {_EXAMPLE}")
-        servers = [self._server(each, number, text) for number, each in enumerate(hosts)]
-        return tuple(dict.fromkeys(servers))
-
-    def _server(self, host: Any, number: int, text: str) -> Server:
-        def wrong(key: str, problem: str) -> SettingsError:
-            return SettingsError(f"{self._path}, line {_line_number(text, number, key)}: {problem}; {_EXAMPLE}")
-
-        if not isinstance(host, dict):
-            raise wrong("", f"{host!r} is no table")
-        for key in host.keys() - {"name", "address", "port"}:
-            raise wrong(key, f"a host has no {key!r}")
-        name, address, port = host.get("name"), host.get("address", ""), host.get("port", self._port)
-        if not isinstance(name, str) or not name or any(each.isspace() or each in ":/" for each in name):
-            raise wrong("name", f"the name is {name!r}; it must be that of a host")
-        if not isinstance(address, str) or (address and not _is_address(address)):
-            raise wrong("address", f"the address is {address!r}; it must be an IP address")
-        if type(port) is not int or not 0 < port < 65_536:
-            raise wrong("port", f"the port is {port!r}; it must be a number from 1 to 65535")
-        return address or name, port
-
-
-_EXAMPLE = 'a host looks like this: [[hosts]] name = "ctl1" address = "10.0.0.1" port = 9501, the last two where needed'
-
-
-def _is_address(text: str) -> bool:
-    with suppress(ValueError):
-        ip_address(text)
-        return True
-    return False
-
-
-def _line_number(text: str, number: int, key: str) -> int:
-    """Where ``key`` stands in the table of that number, or where that begins."""
-    lines = text.splitlines()
-    starts = [at for at, line in enumerate(lines) if re.match(r"\s*\[\[\s*hosts\s*\]\]", line)]
-    if number >= len(starts):  # written in another form
-        return next((at for at, line in enumerate(lines, 1) if "hosts" in line), 1)
-    end = starts[number + 1] if number + 1 < len(starts) else len(lines)
-    inside = range(starts[number], end)
-    return next((at for at in inside if key and re.match(rf"\s*{re.escape(key)}\s*=", lines[at])), starts[number]) + 1
