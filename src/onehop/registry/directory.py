@@ -20,7 +20,7 @@ import selectors
 import socket
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from ipaddress import ip_address
@@ -154,6 +154,8 @@ class _Realm:
         self._seen: deque[Sequence[Record]] = deque()
         self._here: dict[str, Record] = {}
         self._announced: dict[str, tuple[Record, _Client]] = {}
+        self._entries: dict[str, tuple[Record, bool]] = {}  # what is told: the record, and whether the node is here
+        self._offering: defaultdict[str, set[str]] = defaultdict(set)  # nodes, by service
         self._before: dict[str, tuple[Record, bool] | None] = {}  # what was told of nodes that changed since
         self._lost: set[str] = set()
         self._snapshots: dict[frozenset[str], bytes] = {}
@@ -167,11 +169,9 @@ class _Realm:
         while self._seen:
             records = self._seen.popleft()
         if records is not None:
-            now = {record.node: record for record in records}
-            for node in now.keys() | self._here.keys():
-                if now.get(node) != self._here.get(node):
-                    self._note(node)
-            self._here = now
+            before, self._here = self._here, {record.node: record for record in records}
+            for node in before.keys() | self._here.keys():
+                self._put(node)
 
     @property
     def is_watched(self) -> bool:
@@ -188,27 +188,26 @@ class _Realm:
         self.look()
 
     def announce(self, record: Record, client: _Client) -> None:
-        self._note(record.node)
         self._announced[record.node] = record, client
+        self._put(record.node)
 
     def retract(self, node: str, client: _Client, *, lost: bool) -> None:
         """The record of ``node`` is gone, if it is still ``client`` that stands for it."""
         if node in self._announced and self._announced[node][1] is client:
-            self._note(node)
             del self._announced[node]
+            self._put(node)
             if lost:
                 self._lost.add(node)
 
     def snapshot(self, wants: frozenset[str]) -> bytes:
         """All that somebody with these wants has to know."""
         if wants not in self._snapshots:
-            self._snapshots[wants] = line_of(self._told(self._here.keys() | self._announced.keys(), wants))
+            self._snapshots[wants] = line_of(self._told(self._who_offers(wants), wants))
         return self._snapshots[wants]
 
     def answer(self, service: str, wants: frozenset[str]) -> bytes:
         """All that somebody with these wants has to know of ``service``."""
-        nodes = [node for node in self._here.keys() | self._announced.keys() if self._offers(node, service)]
-        return line_of(msgspec.structs.replace(self._told(nodes, wants), service=service))
+        return line_of(msgspec.structs.replace(self._told(self._who_offers({service}), wants), service=service))
 
     def changes(self) -> list[tuple[set[_Client], bytes]]:
         """Who has to hear what of the changes since this was asked before."""
@@ -218,7 +217,7 @@ class _Realm:
         for wants, clients in self.groups.items() if before else ():
             nodes, gone = [], []
             for node, was in before.items():
-                now = self._entry(node)
+                now = self._entries.get(node)
                 old, new = (trimmed(each and each[0], wants) for each in (was, now))
                 if new is None and old is not None:
                     gone.append(node)
@@ -238,25 +237,37 @@ class _Realm:
         self._seen.append(records)
         self._wake()
 
-    def _note(self, node: str) -> None:
-        self._before.setdefault(node, self._entry(node))
+    def _put(self, node: str) -> None:
+        """Let be told of ``node`` what is known at first hand, or else what it announced."""
+        before, now = self._entries.get(node), None
+        if node in self._here:
+            now = self._here[node], True
+        elif node in self._announced:
+            now = self._announced[node][0], False
+        if now == before:
+            return
+        self._before.setdefault(node, before)
         self._lost.discard(node)
         self._snapshots.clear()
+        for service in before[0].services if before else ():
+            self._offering[service].discard(node)
+            if not self._offering[service]:
+                del self._offering[service]
+        for service in now[0].services if now else ():
+            self._offering[service].add(node)
+        if now is None:
+            del self._entries[node]
+        else:
+            self._entries[node] = now
 
-    def _entry(self, node: str) -> tuple[Record, bool] | None:
-        """The record of ``node``, and whether it is known at first hand."""
-        if node in self._here:
-            return self._here[node], True
-        return (self._announced[node][0], False) if node in self._announced else None
-
-    def _offers(self, node: str, service: str) -> bool:
-        entry = self._entry(node)
-        return entry is not None and (service == "" or service in entry[0].services)
+    def _who_offers(self, services: set[str] | frozenset[str]) -> Iterable[str]:
+        if "" in services:
+            return self._entries
+        return {node for service in services for node in self._offering.get(service, ())}
 
     def _told(self, nodes: Iterable[str], wants: frozenset[str]) -> Told:
-        entries = [entry for node in nodes if (entry := self._entry(node)) is not None]
         records: dict[bool, list[Record]] = {True: [], False: []}
-        for record, here in entries:
+        for record, here in map(self._entries.__getitem__, nodes):
             part = trimmed(record, wants)
             if part is not None:
                 records[here].append(part)
