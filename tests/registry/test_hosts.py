@@ -423,9 +423,12 @@ def test_a_name_that_means_nothing_does_not_hold_the_others_up(site: Site) -> No
 def test_a_process_starts_from_the_disk_while_all_directories_are_away(site: Site) -> None:
     site.listed = (1,)
     holder = site.start_holder(1, 11, 12)
-    early = site.watch(5, "clock")
-    assert early.become(11, 12)
+    early, before = site.open(5), Views()
+    early.watch(before)
+    assert early.want("clock", 5.0)
+    assert before.become(11, 12)
     assert eventually(lambda: list((Path(site.settings(5).cache_directory)).glob("clock-*.json")))
+    early.close()
     holder.kill()
     registry, views = site.open(5), Views()
     registry.watch(views)
@@ -435,11 +438,16 @@ def test_a_process_starts_from_the_disk_while_all_directories_are_away(site: Sit
     assert views.become(13)
 
 
-def test_what_a_directory_refuses_is_said_once(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    site.start_holder(1, 11)
-    registry, views = site.open(5, realm="r" * 200), Views()
-    with pytest.raises(SettingsError, match="choose a shorter run_directory"):
-        registry.watch(views)
+def test_who_does_not_wait_is_told_what_is_known(site: Site) -> None:
+    site.listed = (1,)
+    registry, views = site.open(1), Views()
+    assert not registry.want("clock", 0.0)
+    registry.watch(views)
+    assert not registry.want("clock", 0.0)
+    assert registry.want("clock", 5.0)
+    registry.announce(record(11))
+    registry.refresh()
+    assert views.nodes == [11]
 
 
 # --- what is told ---

@@ -125,11 +125,13 @@ class HostsRegistry(Registry):
         if watcher is not None and not watcher.is_delivering:
             if not self._local.is_fresh():
                 self._local.refresh()
+            watcher.publish()
             watcher.wait_until_delivered()
 
     def close(self) -> None:
-        self._closed = True
-        watcher, self._watcher = self._watcher, None
+        with self._lock():
+            self._closed = True
+            watcher, self._watcher = self._watcher, None
         if watcher is not None:
             watcher.deliver_to(None)
         self._local.close()
@@ -144,11 +146,10 @@ class HostsRegistry(Registry):
         self._local.forget()
         if watcher is not None:
             watcher.forget()
-        self.__dict__.pop("_opening", None)
+        self.__dict__.pop("_opening", None)  # a thread of the parent may have held it
 
     def _open(self) -> _Watcher:
-        opening: threading.Lock = self.__dict__.setdefault("_opening", threading.Lock())  # as LocalRegistry._lock
-        with opening:
+        with self._lock():
             if self._closed:
                 raise RegistryError("this registry was closed, or belongs to the parent of this process; open another")
             if self._watcher is None:
@@ -158,6 +159,11 @@ class HostsRegistry(Registry):
                 self._watcher.start()
                 _in_use.add(self)
             return self._watcher
+
+    def _lock(self) -> threading.Lock:
+        # Made at first use, to be a green one where threads are; setdefault lets one of two threads win.
+        lock: threading.Lock = self.__dict__.setdefault("_opening", threading.Lock())
+        return lock
 
 
 # A forked child that never touches onehop would keep its parent's connections open after the parent's death.
@@ -259,6 +265,7 @@ class _Watcher(Loop):
         self.publish()
 
     def want(self, service: str, timeout: float) -> bool:
+        answered: list[_Link] = []
         until = time.monotonic() + timeout
         with self._changed:
             if service not in self.wants:
@@ -278,6 +285,7 @@ class _Watcher(Loop):
                 self._changed.wait(min(until - now, 0.05))
         if not answered:
             self._recall(service)
+        self.publish()
         self.wait_until_delivered()
         return bool(answered) or any(service in ("", *record.services) for record in self._view or ())
 
@@ -320,6 +328,10 @@ class _Watcher(Loop):
     def _is_publishable(self) -> bool:
         return self._stale and self._deliver is not None and self._delivering is None
 
+    @property
+    def _is_unsaved(self) -> bool:
+        return self._view is not None and self._view is not self._saved
+
     def _merged(self) -> tuple[Record, ...]:
         near = {record.node: part for record in self._near if (part := trimmed(record, self.wants)) is not None}
         return tuple(record for _, record in sorted((self._far | near).items()))
@@ -345,7 +357,7 @@ class _Watcher(Loop):
             self.publish()
             # After a while that depends on what it took, so that many who come at once are delivered together.
             self._publish_at = now + min(3 * (time.monotonic() - now), 0.3)
-        if now >= self._save_at and self._view is not self._saved:
+        if now >= self._save_at and self._is_unsaved:
             self._save_at = now + SAVE_PERIOD
             self._save()
         return self._due(now) - now
@@ -374,7 +386,7 @@ class _Watcher(Loop):
                 due.append(now + _SOON)
         if self._remembered.known:
             due.append(now + _SOON)
-        if self._view is not self._saved:
+        if self._is_unsaved:
             due.append(self._save_at)
         return min(due)
 
@@ -437,11 +449,13 @@ class _Watcher(Loop):
             # A host's own name often means an address of loopback there, at which nobody listens.
             link.is_own, address = True, ip_address(own)
         link.address = address
-        connection = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
-        connection.setblocking(False)
+        try:
+            connection = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
+        except OSError as error:
+            raise Broken(f"no connection can be made: {error.strerror}") from error
+        link.line = Line(connection, self.selector, link, ANSWER_LIMIT)
         with suppress(OSError):  # told by the first attempt to send
             connection.connect_ex((str(address), link.server[1]))
-        link.line = Line(connection, self.selector, link, ANSWER_LIMIT)
         link.asked, link.answered, link.told_record = set(self.wants), set(self.wants), None
         hello = Hello(VERSION, self._settings.host_name, self._lease, self._settings.realm, tuple(sorted(link.asked)))
         link.line.send(line_of(hello))
@@ -537,6 +551,7 @@ class _Watcher(Loop):
 
     def _let_go(self, now: float) -> None:
         """Drop what nobody vouches for any longer."""
+        # Our own directory says nothing about the way to others, unless there is but one of them.
         others = [link for link in self._links.values() if not link.is_own]
         heard = [link for link in (others if len(others) > 1 else self._links.values())
                  if link.live and now - link.heard < self._lease / 2]  # fmt: skip
