@@ -399,6 +399,81 @@ def test_everything_stays_while_all_directories_are_away(site: Site) -> None:
     assert views.always_had(41, since - 1)
 
 
+def test_everything_stays_while_all_directories_are_silent(site: Site) -> None:
+    site.listed = (1, 2, 3)
+    holders = [site.start_holder(host, 10 * host + 1) for host in site.listed]
+    views = site.watch(5)
+    assert views.become(11, 21, 31)
+    for each in holders:
+        each.send(signal.SIGSTOP)
+    try:
+        assert views.remain(11, 21, 31, seconds=3 * LEASE)
+    finally:
+        for each in holders:
+            each.send(signal.SIGCONT)
+    assert views.remain(11, 21, 31, seconds=3 * LEASE)
+
+
+class FakeDirectory:
+    """Listens for one host, tells what it is given to whoever comes, and says nothing more."""
+
+    def __init__(self, site: Site, host: int, tells: bytes) -> None:
+        self._listener = socket.create_server((site.address(host), site.port))
+        self._tells = tells
+        self._connections: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                self._connections.append(self._listener.accept()[0])
+                self._connections[-1].sendall(self._tells)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        for each in (self._listener, *self._connections):
+            each.close()
+
+
+def test_a_host_that_vanishes_without_a_word_is_gone_after_a_lease(site: Site) -> None:
+    site.start_holder(2, 21)
+    tells = b'{"type":"told","here":[{"node":"%032x","host":"host-1","services":{"clock":["a"]}}]}\n' % 11
+    vanishes = FakeDirectory(site, 1, tells)
+    try:
+        views = site.watch(5)
+        assert views.become(11, 21)
+        assert views.remain(11, 21, seconds=LEASE / 2)
+        assert views.become(21, within=LEASE / 2 + AT_ONCE)
+    finally:
+        vanishes.close()
+
+
+def test_a_node_that_vanishes_without_a_word_is_gone_after_a_lease(site: Site) -> None:
+    site.start_holder(1, 11)
+    views, vanishes = site.watch(5), site.connect(1)
+    said = {"type": "announce", "record": {"node": record(41).node, "host": "raw", "services": {"clock": ["a"]}}}
+    vanishes.sendall(hello("", lease=LEASE) + json.dumps(said).encode() + b"\n")
+    assert views.become(11, 41)
+    for _ in range(4):
+        assert views.remain(11, 41, seconds=LEASE / 2)
+        vanishes.sendall(b"\n")
+    assert views.become(11, within=LEASE + AT_ONCE)
+
+
+def test_a_directory_that_speaks_something_else_is_named(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.start_holder(2, 21)
+    other = FakeDirectory(site, 1, b"220 mail.example.org ESMTP\r\n")
+    try:
+        views = site.watch(5)
+        assert views.become(21)
+        said = f"the directory of {site.address(1)}, port {site.port}, is away, and tried again: it sent no message"
+        assert eventually(lambda: said in caplog.text)
+    finally:
+        other.close()
+
+
 def test_a_listed_host_that_is_away_takes_nobody_with_it(site: Site) -> None:
     site.listed = (1, 2, 3)
     site.start_holder(1, 11)
@@ -587,23 +662,11 @@ def test_a_port_that_is_held_by_something_else_is_named_and_taken_when_it_is_fre
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     site.listed = (1,)
-    other = socket.create_server((site.address(1), site.port))
-
-    def greet() -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = other.accept()
-                with connection:
-                    connection.sendall(b"SSH-2.0-Other\r\n")
-
-    greeting = threading.Thread(target=greet, daemon=True)
-    greeting.start()
+    other = FakeDirectory(site, 1, b"SSH-2.0-Other\r\n")
     site.watch(1)
     where = f"port {site.port} at {site.address(1)} is held by something that is no directory"
     assert eventually(lambda: where in caplog.text)
-    other.shutdown(socket.SHUT_RDWR)
     other.close()
-    greeting.join()
     assert eventually(lambda: site.is_held(1))
     assert caplog.text.count(where) == 1
 

@@ -514,9 +514,10 @@ class _Watcher(Loop):
         if not link.live:
             self._greeted(link, touched, now)
         for record, here in records:
-            same = self._far.get(record.node)  # one object for what several directories tell
-            link.known[record.node] = _Known(same if same == record else record, here, now)
-            link.doubtful.pop(record.node, None)
+            before = self._far.get(record.node)
+            each = before if before == record else record  # one object for what several directories tell
+            link.known[each.node] = _Known(each, here, now)
+            link.doubtful.pop(each.node, None)
         for node in told.withdrawn:
             self._withdrawn(link, node, now)
         for node in told.lost:
