@@ -24,9 +24,9 @@ MAY_IMPORT = {
     "onehop": ("errors settings interfaces sync asyncio handlers statistics", ""),  # __init__.py; the faces lazily
     "__main__": ("cli", ""),
     "errors": ("", ""),
-    "addresses": ("errors settings", ""),
     "settings": ("errors", "msgspec"),
     "interfaces": ("errors", "msgspec"),
+    "addresses": ("errors settings", ""),
     "statistics": ("errors settings interfaces", "msgspec"),
     "payload": ("errors settings interfaces", "msgspec"),
     "handlers": ("errors settings interfaces statistics payload", "msgspec"),
