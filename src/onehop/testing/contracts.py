@@ -17,7 +17,14 @@ Crash = Callable[[Record], AbstractContextManager[None]]
 JOINS = 200
 
 
-def check_registry(make: Callable[[], Registry], *, crash: Crash | None = None, within: float = 0.5) -> None:
+def check_registry(
+    make: Callable[[], Registry],
+    *,
+    crash: Crash | None = None,
+    within: float = 0.5,
+    crash_within: float | None = None,
+    joins: int = JOINS,
+) -> None:
     """Check every sentence of :class:`onehop.interfaces.Registry` with several instances over one place.
 
     It takes a few seconds. The place must be empty, and nobody else may use it meanwhile.
@@ -26,14 +33,19 @@ def check_registry(make: Callable[[], Registry], *, crash: Crash | None = None, 
         make: gives a new instance over the same place each time, as another node would have.
         crash: a context manager: from its entry on another process has announced the record it is given, at its exit
             that process has been killed. By default a forked child that uses ``make``, ended by SIGKILL.
-        within: how long a change may take to be seen by others, in seconds; a crash too.
+        within: how long a change may take to be seen by others, in seconds.
+        crash_within: how long the record of a killed process may stay, in seconds; by default ``within``. A registry
+            with leases may hold it for some time longer than the lease.
+        joins: how many instances join and leave at once.
 
     Raises:
         AssertionError: the registry breaks its contract; the sentence says which part.
     """
     for check in _CHECKS:
         with ExitStack() as closing:
-            check(_Place(make, crash or (lambda record: killed_process(make, record)), within, closing))
+            place = _Place(make, crash or (lambda record: killed_process(make, record)), within, joins, closing)
+            place.crash_within = within if crash_within is None else crash_within
+            check(place)
 
 
 @contextmanager
@@ -62,8 +74,11 @@ def killed_process(make: Callable[[], Registry], record: Record) -> Iterator[Non
 class _Place:
     """The place that all instances of one check share; gives instances and closes them."""
 
-    def __init__(self, make: Callable[[], Registry], crash: Crash, within: float, closing: ExitStack) -> None:
-        self.make, self.crash, self.within, self._closing = make, crash, within, closing
+    def __init__(
+        self, make: Callable[[], Registry], crash: Crash, within: float, joins: int, closing: ExitStack
+    ) -> None:
+        self.make, self.crash, self.joins, self._closing = make, crash, joins, closing
+        self.within = self.crash_within = within
 
     def open(self) -> Registry:
         registry = self.make()
@@ -75,11 +90,18 @@ class _Place:
         registry.announce(record)
         return registry
 
-    def watched(self, registry: Registry | None = None) -> _Views:
+    def watched(self, registry: Registry | None = None, *services: str) -> _Views:
+        """The views of one instance that wants these services; all, where none is named."""
         views = _Views(self.within)
-        (registry or self.open()).watch(views)
+        registry = registry or self.open()
+        registry.watch(views)
         _expect(bool(views.all), "watch delivers the view once before it returns")
+        for service in services or ("",):
+            self.want(registry, service)
         return views
+
+    def want(self, registry: Registry, service: str) -> None:
+        _expect(registry.want(service, 10 * self.within), f"want({service!r}) is answered by a registry that is there")
 
 
 class _Views:
@@ -286,13 +308,46 @@ def _a_closed_registry_is_silent(place: _Place) -> None:
 
 def _servers_may_share_a_name(place: _Place) -> None:
     views = place.watched()
-    services = {"compute": ("host-7",)}
-    place.announced(_record(1, services=services))
-    second = place.announced(_record(2, services=services))
-    both = [_record(1, services=services), _record(2, services=services)]
-    views.expect(both, "two nodes may offer one server name")
+    names = (("host-7",), ("host-7",), ("host-7", "host-7"))
+    records = [_record(number, services={"compute": each}) for number, each in enumerate(names, 1)]
+    _, second, third = [place.announced(each) for each in records]
+    views.expect(records, "several nodes may offer one server name, and a node may offer it several times")
     second.withdraw()
-    views.expect(both[:1], "one of two nodes with a server name goes, the other stays")
+    views.expect([records[0], records[2]], "one of the nodes with a server name goes, the others stay")
+    third.announce(_record(3, services={"compute": ("host-7",)}))
+    expected = [records[0], _record(3, services={"compute": ("host-7",)})]
+    views.expect(expected, "one of two servers of one name in a node ends, the other stays")
+
+
+def _what_is_wanted_is_delivered(place: _Place) -> None:
+    registry = place.open()
+    views = place.watched(registry, "clock")
+    services = {"clock": ("a",), "compute": ("host-7",)}
+    place.announced(_record(1, services=services))
+    place.announced(_record(2, services={"compute": ("host-8",)}))
+    place.announced(_record(3))
+    deadline = time.monotonic() + place.within
+    while not {_record(1).node, _record(3).node} <= {record.node for record in views.last}:
+        _expect(time.monotonic() < deadline, "whoever offers a wanted service is delivered")
+        time.sleep(0.005)
+    everything = [_record(1, services=services), _record(2, services={"compute": ("host-8",)}), _record(3)]
+    wanted = [_record(1), _record(3)]
+    filters = _by_node(views.last) == _by_node(wanted)
+    _expect(
+        filters or all(record in everything for record in views.last),
+        f"a record holds only the services that are wanted, or all of its own; delivered was {views.last}",
+    )
+    if filters:
+        delivered = {service for view in views.all for record in view for service in record.services}
+        _expect(delivered == {"clock"}, "a registry that filters delivers nobody whose services nobody wants")
+    place.want(registry, "compute")
+    _expect(
+        {_record(1).node, _record(2).node, _record(3).node} == {record.node for record in views.last},
+        "who offers one more wanted service is delivered before want returns",
+    )
+    views.expect(everything, "a record holds all services that are wanted")
+    place.want(registry, "nobody offers this")
+    views.expect(everything, "wanting what nobody offers changes nothing")
 
 
 def _deliver_may_ask_for_a_refresh(place: _Place) -> None:
@@ -302,6 +357,7 @@ def _deliver_may_ask_for_a_refresh(place: _Place) -> None:
     def deliver(records: Sequence[Record]) -> None:
         seen.append(records)
         registry.refresh()
+        registry.want("", place.within)
 
     threading.Thread(target=lambda: registry.watch(deliver), daemon=True).start()
     place.announced(_record(1))
@@ -313,7 +369,7 @@ def _deliver_may_ask_for_a_refresh(place: _Place) -> None:
 
 def _many_join_at_once(place: _Place) -> None:
     registry = place.open()
-    views, records = place.watched(registry), [_record(number) for number in range(1, JOINS + 1)]
+    views, records = place.watched(registry), [_record(number) for number in range(1, place.joins + 1)]
     instances = [place.open() for _ in records]
     ended = threading.Event()
 
@@ -326,13 +382,13 @@ def _many_join_at_once(place: _Place) -> None:
             instances[number].announce(records[number])
 
     refreshing = threading.Thread(target=refresh)
-    joining = [threading.Thread(target=announce, args=(range(first, JOINS, 4),)) for first in range(4)]
+    joining = [threading.Thread(target=announce, args=(range(first, place.joins, 4),)) for first in range(4)]
     for thread in (refreshing, *joining):
         thread.start()
     for thread in joining:
         thread.join()
     try:
-        views.expect(records, f"{JOINS} nodes that join at once are all seen", within=10 * place.within)
+        views.expect(records, f"{place.joins} nodes that join at once are all seen", within=10 * place.within)
     finally:
         ended.set()
         refreshing.join()
@@ -341,7 +397,7 @@ def _many_join_at_once(place: _Place) -> None:
         _expect(all(record in records for record in view), "a record is never seen half-written")
     for instance in instances:
         instance.withdraw()
-    views.expect([], f"{JOINS} nodes that leave at once are all gone", within=10 * place.within)
+    views.expect([], f"{place.joins} nodes that leave at once are all gone", within=10 * place.within)
     _expect(not views.overlapped, "deliver is never called twice at once")
 
 
@@ -364,7 +420,7 @@ def _a_fork_leaves_the_parent_alone(place: _Place) -> None:
         _expect(answer == "announced", f"a forked child forgets the inherited instance and announces anew: {answer}")
         views.expect([_record(1), _record(2)], "parent and child both have a record")
         inherited.expect([_record(1), _record(2)], "the parent's watch survives a fork")
-    views.expect([_record(1)], "the child's record ends with the child, the parent's stays")
+    views.expect([_record(1)], "the child's record ends with the child, and no other", within=place.crash_within)
     parent.announce(_record(1, state="draining"))
     views.expect([_record(1, state="draining")], "the parent goes on announcing")
     parent.withdraw()
@@ -376,7 +432,8 @@ def _the_dead_are_not_delivered(place: _Place) -> None:
     with place.crash(_record(1)), place.crash(_record(2)):
         views.expect([_record(1), _record(2)], "records of other processes are seen")
         place.announced(_record(3))
-    views.expect([_record(3)], f"the record of a killed process is gone after {place.within} s")
+    gone = f"the record of a killed process is gone after {place.crash_within} s"
+    views.expect([_record(3)], gone, within=place.crash_within)
     _expect(place.watched().last == (_record(3),), "who begins to watch is never told of the dead")
 
 
@@ -392,6 +449,7 @@ _CHECKS = (
     _what_is_fresh_was_delivered,
     _a_closed_registry_is_silent,
     _servers_may_share_a_name,
+    _what_is_wanted_is_delivered,
     _deliver_may_ask_for_a_refresh,
     _many_join_at_once,
     _a_fork_leaves_the_parent_alone,
