@@ -74,6 +74,8 @@ class RecordLike(Protocol):
     def services(self) -> dict[str, tuple[str, ...]]: ...
     @property
     def idempotent(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def relay(self) -> bool: ...
 
 
 class Peer:
@@ -152,21 +154,35 @@ class PeerTable:
                 continue  # most records of a view are those of the last one: nothing to look at
             id = _node_id(node)
             if id is not None:
-                peer = self.peers.get(id)
-                if peer is None:
-                    distance = blake2b(self.node + id, digest_size=8).digest()
-                    peer = self.peers[id] = Peer(id, None, self._highest + 1, distance=distance)
-                    peer.record = record
+                peer = self._meet(id)
+                is_new, peer.record = peer.record is None, record
+                if is_new:
                     self._hold_back(peer, record, now)
-                peer.record = record
                 changed.append(peer)
         for node in [node for node in before if node not in self._view]:
-            peer = self.peers.get(_node_id(node) or b"")
-            if peer is not None:
-                peer.record = None
-                self.event(peer, FORGOTTEN)
-                changed.append(peer)
+            gone = self.peers.get(_node_id(node) or b"")
+            if gone is not None:
+                gone.record = None
+                self.event(gone, FORGOTTEN)
+                changed.append(gone)
         return changed
+
+    def introduce(self, record: RecordLike) -> Peer:
+        """The peer of ``record``, of which another node tells, and which names no service.
+
+        Where the registry does not tell of it too, it is forgotten when its connection ends.
+        """
+        peer = self._meet(bytes.fromhex(record.node))
+        if peer.state == KNOWN and peer.record is None:
+            peer.record = record
+        return peer
+
+    def _meet(self, id: bytes) -> Peer:
+        peer = self.peers.get(id)
+        if peer is None:
+            distance = blake2b(self.node + id, digest_size=8).digest()
+            peer = self.peers[id] = Peer(id, None, self._highest + 1, distance=distance)
+        return peer
 
     def _hold_back(self, peer: Peer, record: RecordLike, now: float) -> None:
         """If ``peer`` is a lost server started anew: those who lost it come back one after the other."""
@@ -207,8 +223,8 @@ class PeerTable:
             elif event == REPLACED:
                 peer.failures += 1
                 peer.rested_at = now + REPLACED_PAUSE
-            if peer.record is None:
-                peer.state = GONE
+        if event in (LOST, REPLACED, IDLE) and (peer.record is None or not peer.record.services):
+            peer.state = GONE
         if peer.state == RESTING:
             self.resting[peer.id] = peer
         else:

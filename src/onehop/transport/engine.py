@@ -103,6 +103,7 @@ class Engine(Caller):
             if self.inbound is None:
                 socket = self.carrier.bind(*self._listen(self.protocol.id))
                 self.inbound = Inbound(socket, self.protocol.inbox, self._wake.set)
+                self.tree.offer(self.inbound)
             queue.inbound = self.inbound
             self.inbound.change(Inbox.offer, service, server, queue)
             self._offers.append(Offer(service, server, queue, idempotent))
@@ -151,6 +152,7 @@ class Engine(Caller):
                 idempotent=idempotent,
                 version=self.protocol.release,
                 zone=self.settings.zone,
+                relay=self.settings.relay,
             )
         )
 
