@@ -29,7 +29,6 @@ LOST = "lost"
 IDLE = "idle"
 REPLACED = "replaced"
 HELD_BACK = "held back"
-RESTED = "rested"
 FORGOTTEN = "forgotten"
 
 TRANSITIONS: dict[str, dict[str, str]] = {
@@ -37,11 +36,11 @@ TRANSITIONS: dict[str, dict[str, str]] = {
     CONNECTING: {HELLO: READY, LOST: RESTING, REPLACED: RESTING, GOODBYE: DRAINING},
     READY: {GOODBYE: DRAINING, LOST: RESTING, IDLE: KNOWN},
     DRAINING: {LOST: GONE},
-    RESTING: {RESTED: KNOWN, FORGOTTEN: GONE},
+    RESTING: {CONNECT: CONNECTING, FORGOTTEN: GONE},
     GONE: {},
 }
 USABLE = frozenset((KNOWN, CONNECTING, READY))
-"""The states in which a peer is a route."""
+"""The states in which a peer is a route; after a failure it is none again before a hello was answered."""
 
 NEVER = float("-inf")
 FIRST_PAUSE = 0.2
@@ -74,6 +73,8 @@ class RecordLike(Protocol):
     def services(self) -> dict[str, tuple[str, ...]]: ...
     @property
     def idempotent(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def relay(self) -> bool: ...
 
 
 class Peer:
@@ -117,6 +118,11 @@ class Peer:
         self.rested_at = 0.0
 
     @property
+    def usable(self) -> bool:
+        """Whether requests that may go elsewhere may go here."""
+        return self.state == READY or (self.state in USABLE and not self.failures)
+
+    @property
     def turn(self) -> float:
         """Seconds after which it is this node's turn, where all who were connected to the peer return at once."""
         return min(self.place / RETURNS_A_SECOND, LONGEST_TURN)
@@ -133,7 +139,7 @@ class PeerTable:
     def __init__(self, node: bytes, random: Callable[[], float]) -> None:
         self.node = node
         self.peers: dict[bytes, Peer] = {}
-        self.resting: dict[bytes, Peer] = {}
+        self.away: dict[bytes, Peer] = {}  # known, and no routes: they rest, or are tried again
         self.random = random
         self._highest = 0
         self._lost: dict[tuple[str, str], tuple[float, float]] = {}  # what was lost: until when it counts, our turn
@@ -152,21 +158,35 @@ class PeerTable:
                 continue  # most records of a view are those of the last one: nothing to look at
             id = _node_id(node)
             if id is not None:
-                peer = self.peers.get(id)
-                if peer is None:
-                    distance = blake2b(self.node + id, digest_size=8).digest()
-                    peer = self.peers[id] = Peer(id, None, self._highest + 1, distance=distance)
-                    peer.record = record
+                peer = self._meet(id)
+                is_new, peer.record = peer.record is None, record
+                if is_new:
                     self._hold_back(peer, record, now)
-                peer.record = record
                 changed.append(peer)
         for node in [node for node in before if node not in self._view]:
-            peer = self.peers.get(_node_id(node) or b"")
-            if peer is not None:
-                peer.record = None
-                self.event(peer, FORGOTTEN)
-                changed.append(peer)
+            gone = self.peers.get(_node_id(node) or b"")
+            if gone is not None:
+                gone.record = None
+                self.event(gone, FORGOTTEN)
+                changed.append(gone)
         return changed
+
+    def introduce(self, record: RecordLike) -> Peer:
+        """The peer of ``record``, of which another node tells, and which names no service.
+
+        Where the registry does not tell of it too, it is forgotten when its connection ends.
+        """
+        peer = self._meet(bytes.fromhex(record.node))
+        if peer.state == KNOWN and peer.record is None:
+            peer.record = record
+        return peer
+
+    def _meet(self, id: bytes) -> Peer:
+        peer = self.peers.get(id)
+        if peer is None:
+            distance = blake2b(self.node + id, digest_size=8).digest()
+            peer = self.peers[id] = Peer(id, None, self._highest + 1, distance=distance)
+        return peer
 
     def _hold_back(self, peer: Peer, record: RecordLike, now: float) -> None:
         """If ``peer`` is a lost server started anew: those who lost it come back one after the other."""
@@ -184,8 +204,9 @@ class PeerTable:
         return min(
             (
                 peer.rested_at
-                for peer in self.resting.values()
-                if not peer.failures
+                for peer in self.away.values()
+                if peer.state == RESTING
+                and not peer.failures
                 and peer.record is not None
                 and (server in peer.record.services.get(service, ()) if server else service in peer.record.services)
             ),
@@ -207,12 +228,12 @@ class PeerTable:
             elif event == REPLACED:
                 peer.failures += 1
                 peer.rested_at = now + REPLACED_PAUSE
-            if peer.record is None:
-                peer.state = GONE
-        if peer.state == RESTING:
-            self.resting[peer.id] = peer
+        if event in (LOST, REPLACED, IDLE) and (peer.record is None or not peer.record.services):
+            peer.state = GONE
+        if peer.state == RESTING or (peer.state == CONNECTING and peer.failures):
+            self.away[peer.id] = peer
         else:
-            self.resting.pop(peer.id, None)
+            self.away.pop(peer.id, None)
         if event in (LOST, REPLACED, FORGOTTEN, IDLE):
             old = peer.calls
             peer.calls = CallTable(peer.numbers, messages=old.messages, large_bytes=old.large_bytes)
@@ -240,12 +261,9 @@ class PeerTable:
         else:
             peer.rested_at = now + self.random() * max(pause, 2 * peer.turn)
 
-    def handle_timer(self, now: float) -> list[Peer]:
-        """Let peers that have rested be tried again; returns them."""
-        rested = [peer for peer in self.resting.values() if peer.rested_at <= now]
-        for peer in rested:
-            self.event(peer, RESTED, now)
-        return rested
+    def due(self, now: float) -> list[Peer]:
+        """Those who have rested, and are to be connected to."""
+        return [peer for peer in self.away.values() if peer.state == RESTING and peer.rested_at <= now]
 
 
 def _node_id(name: str) -> bytes | None:

@@ -32,6 +32,7 @@ from onehop.protocol.inbox import Request
 from onehop.protocol.node import NodeProtocol
 from onehop.protocol.peers import RESTING, Peer
 from onehop.protocol.routes import Route, choose
+from onehop.protocol.tree import SERVICE
 from onehop.testing.clock import Clock, Task, Waiting
 from onehop.testing.invariants import (
     CRASHED,
@@ -45,12 +46,13 @@ from onehop.testing.invariants import (
     Invariants,
     Trace,
 )
-from onehop.testing.network import Link, Network, VirtualRegistry
+from onehop.testing.link import EngineLink
+from onehop.testing.network import Network, VirtualRegistry
+from onehop.testing.tree import VirtualTree
 
-HANDSHAKE = 5.0
+HANDSHAKE, HURRY, GRACE = 5.0, 1.0, 1.0
 TICK = 0.1
 SLOW_TICK = 0.5
-STUCK = 0.02
 PROBES = 20.0
 """Seconds, as in the real engine; PROBES is how often silent connections are looked for."""
 
@@ -105,99 +107,6 @@ class _Attempt:
         self.pause = 0.05
 
 
-class EngineLink:
-    """One connection to one peer; see ``transport.link.Link``."""
-
-    __slots__ = (
-        "bad_frames",
-        "began",
-        "calls",
-        "ended",
-        "engine",
-        "error",
-        "hello",
-        "out",
-        "peer",
-        "socket",
-        "waiters",
-    )
-
-    def __init__(self, engine: VirtualEngine, peer: Peer, socket: Link, began: float) -> None:
-        self.engine = engine
-        self.peer = peer
-        self.socket = socket
-        self.calls = peer.calls
-        self.began = began
-        self.ended: str | None = None
-        self.error: Exception | None = None
-        self.bad_frames = 0
-        self.hello = Call(wire.HELLO)
-        self.out: deque[tuple[Call | None, wire.Frame]] = deque()
-        self.waiters: list[Task] = []
-        self.calls.pending[0] = self.hello
-        socket.reader = self.receive
-        socket.on_ended = self._on_ended
-
-    def post(self, call: Call | None, frame: wire.Frame) -> None:
-        """Send ``frame``, now or when there is room."""
-        self.out.append((call, frame))
-        if len(self.out) == 1:
-            self.send()
-
-    def send(self, _: None = None) -> None:
-        """Send what is queued."""
-        out = self.out
-        while out:
-            call, frame = out[0]
-            if self.ended is None and (call is None or (call.outcome is None and not call.given_up)):
-                if not self.socket.send(frame):
-                    self.engine.clock.after(STUCK, self.send)
-                    return
-                if call is not None:
-                    call.sent = True
-            out.popleft()
-
-    def receive(self, frame: bytes, body: bytes | None) -> None:
-        """A message arrived."""
-        engine = self.engine
-        if engine.dead or self.ended is not None:
-            return
-        engine.trace.step(frame[0], engine.index, -1 - self.socket.opened_to, int.from_bytes(frame[8:16], "little"))
-        try:
-            moved: list[Call] = []
-            if self.calls.receive(frame, body, moved):
-                for call in moved:
-                    if call.waiter is not None:
-                        call.waiter.resume()
-                if self.hello.outcome is not None and self.waiters:
-                    self.wake()
-            else:
-                engine.control(self, frame)
-        except WireError:
-            self.bad_frames += 1
-
-    def answered(self) -> None:
-        """The hello was answered as it should."""
-        self.calls.pending.pop(0, None)
-        self.hello.outcome = REPLIED
-        self.wake()
-
-    def wake(self) -> None:
-        """Let those who wait for the hello look."""
-        waiters, self.waiters = self.waiters, []
-        for task in waiters:
-            task.resume()
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests may go."""
-        return self.hello.outcome == REPLIED and self.ended is None
-
-    def _on_ended(self, why: str) -> None:
-        if not self.engine.dead:
-            self.engine.lost(self, why)
-
-
 class VirtualEngine:
     """One process: the core of a node and what drives it, from its start to its end.
 
@@ -206,6 +115,7 @@ class VirtualEngine:
         offers: what it serves.
         room: requests its inbox takes.
         window: requests under way to one peer.
+        fanout_direct, relay: see :class:`onehop.settings.Settings`.
     """
 
     def __init__(
@@ -216,11 +126,15 @@ class VirtualEngine:
         *,
         room: int = 10_000,
         window: int = 4096,
+        fanout_direct: int = 2_000,
+        relay: bool = True,
     ) -> None:
         self.clock, self.network, self.registry, self.invariants, self.trace = surroundings
         self.index = index
         self.room = room
         self.window = window
+        self.fanout_direct = fanout_direct
+        self.relay = relay
         self.dead = False
         self.closed = False
         self.draining = False
@@ -243,6 +157,7 @@ class VirtualEngine:
         endpoint = f"virtual://{index}/{self.protocol.id.hex()}"
         self.inbound = self.network.bind(index, endpoint)
         self.inbound.reader = self._take
+        self.tree = VirtualTree(self)
         self.endpoint = endpoint
 
     def start(self) -> None:
@@ -253,11 +168,12 @@ class VirtualEngine:
             offer = target.offer
             self.protocol.inbox.offer(offer.service, offer.server, target)
             services[offer.service] = (*services.get(offer.service, ()), offer.server)
+        if services and self.relay:
+            self.protocol.inbox.offer(SERVICE, "", self.tree)
         if services:
+            id, host = self.protocol.id.hex(), self.protocol.host
             self.registry.announce(
-                Record(
-                    node=self.protocol.id.hex(), host=self.protocol.host, endpoints=(self.endpoint,), services=services
-                )
+                Record(node=id, host=host, endpoints=(self.endpoint,), services=services, relay=self.relay)
             )
         self._plan(self.clock.now + PROBES)
 
@@ -269,8 +185,9 @@ class VirtualEngine:
         self._routes_may_have_changed(before)
         if self.links:
             self._plan(self.clock.now + SLOW_TICK)
-        for peer in self.protocol.peers.resting.values():
-            self._plan(peer.rested_at)
+        for peer in self.protocol.peers.away.values():
+            if peer.state == RESTING:
+                self._plan(peer.rested_at)
 
     def _routes_may_have_changed(self, before: object) -> None:
         if self._changed and self.protocol.routes is not before:
@@ -295,11 +212,13 @@ class VirtualEngine:
         link.post(link.hello, hello)
         return link
 
-    def _connect(self, peer: Peer, until: float, task: Task) -> Generator[float, None, EngineLink | OnehopError]:
+    def connect(
+        self, peer: Peer, until: float, task: Task, patience: float = HANDSHAKE
+    ) -> Generator[float, None, EngineLink | OnehopError]:
         link = self._begin_link(peer)
         if not isinstance(link, EngineLink):
             return link
-        limit = min(until, link.began + HANDSHAKE)
+        limit = min(until, link.began + HANDSHAKE, self.clock.now + patience)
         while link.hello.outcome is None and self.clock.now < limit:
             link.waiters.append(task)
             yield limit
@@ -307,6 +226,8 @@ class VirtualEngine:
             return link
         if link.hello.outcome is None and self.clock.now >= until:
             return CallTimeout("the hello was not answered before the deadline", executed="no")
+        if link.hello.outcome is None and self.clock.now < link.began + HANDSHAKE:
+            return PeerLost(f"node {peer.id.hex()} has not answered the hello for {patience:g} s", executed="no")
         why, event = link.ended or "it did not answer the hello", states.LOST
         if link.hello.outcome == REJECTED:
             why = "{}: {}".format(*link.hello.body)
@@ -367,7 +288,9 @@ class VirtualEngine:
             task = Task(self.clock)
             task.start(self._request(entry, task))
 
-    def _finish(self, entry: Entry, outcome: str, error: OnehopError | None = None) -> None:
+    def finish(self, entry: Entry, outcome: str, error: OnehopError | None = None) -> None:
+        if self.dead:
+            return  # nobody is left to hear it
         self.under_way.pop(entry.number, None)
         entry.outcome = outcome if error is None else type(error).__name__
         if outcome == "failed":
@@ -379,7 +302,7 @@ class VirtualEngine:
         entry.finished_at = self.clock.now
         self.invariants.ended(entry)
         if entry.parent is not None and all(part.outcome is not None for part in entry.parent.parts):
-            self._finish(entry.parent, "done")
+            self.finish(entry.parent, "done")
 
     def _request(self, entry: Entry, task: Task) -> Waiting:
         attempt = _Attempt(entry, task)
@@ -393,52 +316,71 @@ class VirtualEngine:
             else:
                 found = yield from self._find(attempt, turns)
                 if not isinstance(found, Route):
-                    self._finish(entry, "error", found)
+                    self.finish(entry, "error", found)
                     return
                 route = found
             self.invariants.chose(self, route)
             link: EngineLink | None = route.peer.link
             if link is None or not link.ready:
-                made = yield from self._connect(route.peer, entry.deadline, task)
+                patience = HURRY if len(routes) > 1 else HANDSHAKE
+                made = yield from self.connect(route.peer, entry.deadline, task, patience)
                 if not isinstance(made, EngineLink):
                     if isinstance(made, CallError) and self._again(attempt, route, made):
                         continue
-                    self._finish(entry, "error", made)
+                    self.finish(entry, "error", made)
                     return
                 link = made
             error = yield from self._exchange(entry, task, route, link)
             if error is None:
                 return
             if isinstance(error, CallTimeout) or not self._again(attempt, route, error):
-                self._finish(entry, "error", error)
+                self.finish(entry, "error", error)
                 return
 
     def _exchange(
         self, entry: Entry, task: Task, route: Route, link: EngineLink
     ) -> Generator[float, None, CallError | None]:
         """Send the request over a ready link and wait for its outcome; None where ``entry`` has ended with it."""
-        now, clock = self.clock.now, self.clock
         is_cast = entry.kind == "cast"
-        body = ENTRY_NUMBER.pack(entry.number) + bytes(max(0, entry.size - ENTRY_NUMBER.size))
-        monitor = None if is_cast else entry.monitor
+        is_part = is_cast and entry.parent is not None
+        number = entry.parent.number if is_part and entry.parent is not None else entry.number  # one body for all
+        body = ENTRY_NUMBER.pack(number) + bytes(max(0, entry.size - ENTRY_NUMBER.size))
         call = Call(wire.CAST if is_cast else wire.REQUEST, entry.deadline, len(body))
         if link.calls.full(len(body)):
-            self._finish(entry, "error", Rejected("the window is full", reason="full"))
+            self.finish(entry, "error", Rejected("the window is full", reason="full"))
             return None
+        entry.asked.append((route.peer.id, self.clock.now))
+        flags, monitor = wire.FANOUT if is_part else 0, None if is_cast else entry.monitor
+        section = wire.names(entry.service, route.server, "work")
+        error = yield from self.ask(link, call, flags, monitor, section, body, task)
+        if error is not None:
+            return error
+        if call.outcome == FAILED:
+            self.finish(entry, "failed", RemoteError(bytes(call.body).decode()))
+        elif call.outcome == REPLIED:
+            number, by = REPLY_BODY.unpack_from(call.body)
+            self.invariants.replied(entry, number, by, route.peer.id)
+            self.finish(entry, "replied")
+        else:
+            self.finish(entry, "taken")
+        return None
+
+    def ask(
+        self, link: EngineLink, call: Call, flags: int, monitor: float | None, section: bytes, body: bytes, task: Task
+    ) -> Generator[float, None, CallError | None]:
+        """Send a request over a ready link and wait for its outcome; None where ``call`` has ended well."""
+        clock = self.clock
         call.waiter = task
         id = link.calls.begin(call)
-        flags = wire.FANOUT if is_cast and entry.parent is not None else 0
-        section = wire.names(entry.service, route.server, "work")
-        entry.asked.append((route.peer.id, now))
-        link.post(call, wire.request(call.kind, flags, id, entry.deadline - now, monitor, section, body))
+        link.post(call, wire.request(call.kind, flags, id, call.deadline - clock.now, monitor, section, body))
         if monitor is None:
-            while call.outcome is None and clock.now < entry.deadline:
-                yield entry.deadline
+            while call.outcome is None and clock.now < call.deadline:
+                yield call.deadline
         else:
             seen = -1
             while call.outcome is None and call.signs != seen:
                 seen = call.signs
-                limit = min(entry.deadline, clock.now + monitor)
+                limit = min(call.deadline, clock.now + monitor)
                 while call.outcome is None and call.signs == seen and clock.now < limit:
                     yield limit
         if call.outcome is None:
@@ -455,14 +397,6 @@ class VirtualEngine:
             )
         if call.outcome == LOST:
             return PeerLost(f"lost: {call.body}", executed="unknown" if call.sent else "no")
-        if call.outcome == FAILED:
-            self._finish(entry, "failed", RemoteError(bytes(call.body).decode()))
-        elif call.outcome == REPLIED:
-            number, by = REPLY_BODY.unpack_from(call.body)
-            self.invariants.replied(entry, number, by, route.peer.id)
-            self._finish(entry, "replied")
-        else:
-            self._finish(entry, "taken")
         return None
 
     def _find(self, attempt: _Attempt, turns: count[int]) -> Generator[float, None, Route | OnehopError]:
@@ -513,27 +447,35 @@ class VirtualEngine:
 
     def _scatter(self, entry: Entry) -> None:
         self.registry.refresh(self)
-        receivers = self.protocol.routes.distinct(entry.service, entry.server)
+        receivers = self.protocol.receivers(entry.service, entry.server)
         if not receivers:
-            self._finish(entry, "done")
+            self.finish(entry, "done")
         for route in receivers:
-            self.invariants.chose(self, route)
+            self.invariants.chose(self, route, is_fan_out=True)
             kind = "cast" if entry.kind == "fanout" else "call"
             timeout = entry.deadline - self.clock.now
             part = self.invariants.enter(kind, self.index, entry.service, route.server, timeout)
             part.parent, part.work, part.fails, part.size = entry, entry.work, entry.fails, entry.size
             entry.parts.append(part)
+            entry.receivers[route.peer.id, route.server] = part
             self.under_way[part.number] = part
             self.invariants.began(part)
+        if entry.kind == "fanout" and len(receivers) > self.fanout_direct:
+            self.tree.fan_out(entry, receivers)
+            return
         for route, part in zip(receivers, list(entry.parts), strict=True):
-            task = Task(self.clock)
-            task.start(self._post_to(part, route, task))
+            self.post(part, route)
+
+    def post(self, part: Entry, route: Route) -> None:
+        """Send one receiver its copy."""
+        task = Task(self.clock)
+        task.start(self._post_to(part, route, task))
 
     def _post_to(self, part: Entry, route: Route, task: Task) -> Waiting:
-        made = yield from self._connect(route.peer, part.deadline, task)
+        made = yield from self.connect(route.peer, part.deadline, task)
         error = made if not isinstance(made, EngineLink) else (yield from self._exchange(part, task, route, made))
         if error is not None:
-            self._finish(part, "error", error)
+            self.finish(part, "error", error)
 
     # Serving --------------------------------------------------------------------------------------
 
@@ -547,9 +489,11 @@ class VirtualEngine:
         if inbox.outgoing:
             self._send_outgoing()
         if moved:
-            self.invariants.taken(self, moved)
+            self.invariants.taken(self, [request for request in moved if request.target is not self.tree])
             for request in moved:
-                if not request.queued:
+                if request.target is self.tree:
+                    self.tree.serve(request)
+                elif not request.queued:
                     request.queued = True
                     request.target.tasks.append(request)
                     if request.monitor is not None:
@@ -564,7 +508,7 @@ class VirtualEngine:
                 continue
             self.invariants.ran(self, request)
             target.busy += 1
-            entry = self.invariants.entry_of(request.body)
+            entry = self.invariants.entry_of(self, request)
             seconds = self.clock.random.expovariate(1 / target.offer.work) if entry.work is None else entry.work
             self.clock.after(seconds, self._handled, (target, request, entry))
 
@@ -639,17 +583,22 @@ class VirtualEngine:
         self._tick_at = None
         now, inbox = self.clock.now, self.protocol.inbox
         before = self.protocol.routes
-        self.protocol.handle_timer(now)
+        for peer in self.protocol.handle_timer(now):
+            self._begin_link(peer)
         inbox.handle_timer(now)
         self._send_outgoing()
         next_time = now + PROBES
         for link in list(self.links.values()):
-            if link.peer.record is None:
+            if not link.ready:
+                if now - link.began > HANDSHAKE + GRACE:
+                    self.lost(link, "it did not answer the hello")
+                next_time = min(next_time, link.began + HANDSHAKE + GRACE + TICK)
+            elif link.peer.record is None:
                 if link.calls.pending:
                     next_time = min(next_time, now + SLOW_TICK)
                 else:
                     self.lost(link, "its record was withdrawn")
-        for peer in self.protocol.peers.peers.values():
+        for peer in self.protocol.peers.away.values():
             if peer.state == RESTING and peer.rested_at < next_time:
                 next_time = peer.rested_at
         beat = inbox.timer()

@@ -315,6 +315,9 @@ class BlockingEngine(Engine):
     async def _sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
+    def spawn(self, steps: Coroutine[Any, Any, None]) -> None:
+        start_thread("onehop-relay", run, steps)
+
     async def _cold(self, action: Callable[..., object], *arguments: Any) -> None:
         action(*arguments)
 

@@ -12,7 +12,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from time import monotonic
 from typing import Any, NoReturn
 
@@ -28,13 +28,16 @@ from onehop.protocol.wire import Body
 from onehop.settings import Settings
 from onehop.transport.carrier import Carrier, LinkSocket
 from onehop.transport.link import Link
-from onehop.transport.requests import Attempt, Terms, name_of, serving
+from onehop.transport.requests import Attempt, Parcel, Terms, name_of, serving
+from onehop.transport.tree import Tree
 from onehop.transport.waiting import Wake
 
 HANDSHAKE = 5.0
 """Seconds a peer has to answer a hello."""
 CASTS_UNDER_WAY = 64
 """Of one stream of casts, sent and not acknowledged."""
+HURRY = 1.0
+"""Seconds a peer has to answer a hello before another is asked, where there is another."""
 BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
 PATIENCE = 1.0
@@ -79,6 +82,7 @@ class Caller(ABC):
         self._listeners: list[Callable[[], None]] = []
         self._wake = Wake()
         self._keeping = False
+        self.tree = Tree(self)
         self._wanted: set[str] = set()
 
     def start(self) -> None:
@@ -143,6 +147,14 @@ class Caller(ABC):
         """Let a moment pass."""
 
     @abstractmethod
+    def spawn(self, steps: Coroutine[Any, Any, None]) -> None:
+        """Have ``steps`` done beside everything else.
+
+        Raises:
+            RuntimeError: the machine gives no more threads.
+        """
+
+    @abstractmethod
     async def _cold(self, action: Callable[..., object], *arguments: Any) -> None:
         """Do something that may take its time: with files, or with the registry."""
 
@@ -194,16 +206,21 @@ class Caller(ABC):
             self._keep()
         return link
 
-    async def _connect(self, peer: Peer, until: float) -> Link:
+    async def _connect(self, peer: Peer, until: float, patience: float) -> Link:
         """The ready link to ``peer``.
+
+        Args:
+            patience: seconds after which another is to be asked, while this one may still answer its hello.
 
         Raises:
             PeerLost, CallTimeout: it did not become ready; nothing was sent.
         """
         link = self._begin_link(peer)
-        await self._await_hello(link, until)
+        await self._await_hello(link, min(until, monotonic() + patience))
         if link.hello.outcome == REPLIED:
             return link
+        if link.hello.outcome is None and monotonic() < min(until, link.began + HANDSHAKE):
+            raise errors.PeerLost(f"{name_of(peer)} has not answered the hello for {patience:g} s", executed="no")
         if link.hello.outcome is None and monotonic() >= until:
             raise errors.CallTimeout(f"{name_of(peer)} did not answer the hello before the deadline", executed="no")
         why, event = link.ended or "it did not answer the hello", LOST_PEER
@@ -407,7 +424,8 @@ class Caller(ABC):
         attempt.route, attempt.record = route, route.peer.record
         link: Link | None = route.peer.link
         if link is None or not link.ready:
-            link = await self._connect(route.peer, attempt.until)
+            candidates = self.protocol.routes.candidates(attempt.terms.service, attempt.terms.server)
+            link = await self._connect(route.peer, attempt.until, HURRY if len(candidates) > 1 else HANDSHAKE)
         self._send_over(link, route, attempt, kind, flags, body)
 
     def _send_over(self, link: Link, route: Route, attempt: Attempt, kind: int, flags: int, body: Body) -> None:
@@ -553,8 +571,6 @@ class Caller(ABC):
             await self.want(terms.service, now + terms.timeout)
         if not self.registry.is_fresh():
             await self._cold(self.registry.refresh)
-        with self.lock:
-            self.protocol.rouse()
         everyone: list[Attempt] = []
         try:
             await self._scatter(everyone, terms, kind, flags, method, body, now)
@@ -572,38 +588,63 @@ class Caller(ABC):
         request = serving.get()
         if request is not None and request.deadline is not None:
             until = min(until, request.deadline)
-        waiting = []
-        for route in self.protocol.routes.distinct(terms.service, terms.server):
+        with self.lock:
+            receivers = self.protocol.receivers(terms.service, terms.server)
+        for route in receivers:
             attempt = Attempt(terms, method, until, now)
             attempt.route = route
             everyone.append(attempt)
+        if flags & wire.FANOUT and len(everyone) > self.settings.fanout_direct:
+            await self.tree.fan_out(everyone, body)
+            return
+        waiting = self.send_all((attempt, kind, flags, body) for attempt in everyone)
+        while waiting:
+            waiting = await self.send_ready(waiting)
+        for attempt in everyone:
+            await self.conclude(attempt)
+
+    def send_all(self, parcels: Iterable[Parcel]) -> list[Parcel]:
+        """Send each parcel, to the route of its attempt, whose link is ready; returns the others.
+
+        All connections begin before any is waited for. An attempt that cannot be sent gets its ``error``.
+        """
+        waiting = []
+        for parcel in parcels:
+            attempt, kind, flags, body = parcel
+            route = attempt.route
             link: Link | None = route.peer.link
-            try:  # all connections begin before any is waited for
+            try:
                 if link is not None and link.ready:
                     self._send_over(link, route, attempt, kind, flags, body)
                 else:
                     attempt.link = self._begin_link(route.peer)
-                    waiting.append(attempt)
+                    waiting.append(parcel)
             except (errors.CallError, errors.ResourceLimit) as error:
                 attempt.error = error if isinstance(error, errors.CallError) else errors.NoRoute(str(error))
-        while waiting:  # each is sent to as soon as it is ready: a silent one holds up nobody
-            silent = []
-            for attempt in waiting:
-                now, begun = monotonic(), attempt.link
-                if not await self._await_hello(begun, now + BRIEF) and now < min(until, begun.began + HANDSHAKE):
-                    silent.append(attempt)
-                    continue
-                try:
-                    await self._send_to(attempt.route, attempt, kind, flags, body)
-                except errors.CallError as error:
-                    attempt.error = error
-            waiting = silent
-        for attempt in everyone:
-            if attempt.error is None and attempt.call.outcome is None:
-                attempt.link.glance()
-            if attempt.error is None and attempt.call.outcome not in WELL:
-                try:
-                    await self.outcome(attempt)
-                except errors.CallError as error:
-                    attempt.error = error
-            attempt.seconds = monotonic() - attempt.started
+        return waiting
+
+    async def send_ready(self, waiting: list[Parcel]) -> list[Parcel]:
+        """Send what can be sent by now; returns the others. A silent peer holds up nobody for more than a moment."""
+        silent = []
+        for parcel in waiting:
+            attempt, kind, flags, body = parcel
+            now, begun = monotonic(), attempt.link
+            if not await self._await_hello(begun, now + BRIEF) and now < min(attempt.until, begun.began + HANDSHAKE):
+                silent.append(parcel)
+                continue
+            try:
+                await self._send_to(attempt.route, attempt, kind, flags, body)
+            except errors.CallError as error:
+                attempt.error = error
+        return silent
+
+    async def conclude(self, attempt: Attempt) -> None:
+        """Wait for the outcome of an attempt that was sent, if it was; one that did not end well gets its ``error``."""
+        if attempt.error is None and attempt.call.outcome is None:
+            attempt.link.glance()
+        if attempt.error is None and attempt.call.outcome not in WELL:
+            try:
+                await self.outcome(attempt)
+            except errors.CallError as error:
+                attempt.error = error
+        attempt.seconds = monotonic() - attempt.started

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from _thread import get_ident
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -119,6 +119,7 @@ class LoopEngine(Engine):
         self._thread = get_ident()
         self.inherited = False
         self._changes: list[asyncio.Future[None]] = []
+        self._spawned: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._sweeping = False
         self._leading = False
@@ -216,6 +217,11 @@ class LoopEngine(Engine):
 
     async def _sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+    def spawn(self, steps: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(steps)
+        self._spawned.add(task)
+        task.add_done_callback(self._spawned.discard)
 
     async def _cold(self, action: Callable[..., object], *arguments: Any) -> None:
         self.check_loop()
