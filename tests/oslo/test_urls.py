@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,12 +19,13 @@ from oslo_config import cfg
 from oslo_messaging.transport import InvalidTransportURL
 from tests.registry.etcd_server import Etcd
 from tests.registry.servers import Redis, Sentinels, Server, free_port
-from tests.registry.zookeeper_server import ZooKeeperServer
+from tests.registry.zookeeper_server import ZooKeeper
 
 from onehop import Node, OnehopError
 from onehop.oslo import options
 
 SECRET = "se/cr@t:?#,%"
+ADDRESSES = "127.0.1."
 
 
 def values_of(url: str, **configured: Any) -> dict[str, Any]:
@@ -73,6 +75,9 @@ def refusal(url: str, **configured: Any) -> str:
         ("zmq+redis://h1/%C3%BCber%20all", "redis://h1/", "über all"),
         ("zmq+etcd://me:secret@e1:2379,me:secret@e2/c?prefix=/x", "etcd://me:secret@e1:2379,e2/?prefix=%2Fx", "c"),
         ("zmq+zookeeper://z1,z2:2182/c?prefix=onehop", "zookeeper://z1,z2:2182/?prefix=onehop", "c"),
+        ("zmq+hosts://ctl1,ctl2:9502,[2001:db8::7]/c?insecure=1", "hosts://ctl1,ctl2:9502,[2001:db8::7]/", "c"),
+        ("zmq+file:///etc/onehop/peers.toml", "file:///etc/onehop/peers.toml", None),
+        ("zmq+file:///etc/one%20hop/peers.toml?realm=c", "file:///etc/one%20hop/peers.toml", "c"),
     ],
 )
 def test_a_url_names_the_registry_and_the_realm(url: str, registry: str | None, realm: str | None) -> None:
@@ -149,7 +154,12 @@ def test_no_option_of_ours_has_the_name_of_one_of_a_registry() -> None:
         ("zmq+zookeeper://me@z1/", "user:password, with both"),
         ("zmq+consul://me:secret@h1/", "begins with: etcd, file, hosts, local, redis, zookeeper"),
         ("zmq+://h1/", "begins with: etcd, file, hosts, local, redis, zookeeper"),
+        ("zmq+hosts:///cell1", "it must look like hosts://host1:9501,host2:9501/"),
+        ("zmq+hosts://h1/?tls=1", "it has no option 'tls'; there are: none"),
         ("zmq+file:", "it names no file, as in zmq+file:///etc/onehop/peers.toml"),
+        ("zmq+file://h1/peers.toml", "it must look like file:///etc/onehop/peers.toml"),
+        ("zmq+file://me:secret@h1/peers.toml", "it must look like file:///etc/onehop/peers.toml"),
+        ("zmq+file:///peers.toml?tls=1", "it must look like file:///etc/onehop/peers.toml"),
         ("zmq+local://h1/", "it must be 'local' alone"),
         ("zmq+redis://h1:0/", "'0' in 'h1:0' is no port (1 to 65535)"),
         ("zmq+redis://me:secret@h1:99999/", "'99999' in 'h1:99999' is no port (1 to 65535)"),
@@ -217,12 +227,24 @@ def start_etcd(stack: ExitStack) -> str:
 
 
 def start_zookeeper(stack: ExitStack) -> str:
-    server = ZooKeeperServer()
-    stack.callback(server.close)
-    return server.start().url()
+    return stack.enter_context(ZooKeeper()).url()
 
 
-@pytest.fixture(params=[start_redis, start_sentinels, start_etcd, start_zookeeper], scope="module")
+def start_hosts(stack: ExitStack) -> str:
+    port = free_port()
+    return f"hosts://{ADDRESSES}1:{port},{ADDRESSES}2:{port}/?ports={port}-{port + 30}"
+
+
+def start_file(stack: ExitStack) -> str:
+    port = free_port()
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "peers.toml")
+    path.write_text("".join(f'[[hosts]]\nname = "h{each}"\naddress = "{ADDRESSES}{each}"\n' for each in (1, 2)))
+    return f"file://{path}?ports={port}-{port + 30}"
+
+
+@pytest.fixture(
+    params=[start_hosts, start_file, start_redis, start_sentinels, start_etcd, start_zookeeper], scope="module"
+)
 def registry(request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of a registry that runs."""
     with ExitStack() as stack:
@@ -230,33 +252,28 @@ def registry(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 class Host:
-    """What makes a process one of another host: a run directory of its own, so that only TCP leads to it."""
+    """What makes a process one of another host: an address, and a run directory, so that only TCP leads to it."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.directory = tempfile.mkdtemp(prefix="oh-", dir="/tmp")
+    def __init__(self, name: str, address: str, directory: str) -> None:
+        self.name, self.address, self.directory = name, address, directory
 
     def url(self, registry: str, realm: str = "", **more: Any) -> str:
         place, _, query = registry.partition("?")
-        given = {"host": self.name, "run_directory": self.directory, "cache_directory": "none", **more}
+        given = {"host": self.name, "address": self.address, "run_directory": self.directory, "cache_directory": "none"}
+        given |= more
+        if place.startswith("file:"):
+            given["realm"] = realm
+        else:
+            place += realm
         parts = [*(f"{name}={value}" for name, value in given.items()), *filter(None, [query])]
-        return f"zmq+{place}{realm}?{'&'.join(parts)}"
+        return f"zmq+{place}?{'&'.join(parts)}"
 
 
 @pytest.fixture
-def hosts(run_directory: str) -> Iterator[Callable[[str], Host]]:
-    """``hosts(name)`` is another host."""
-    made: list[Host] = []
-
-    def make(name: str) -> Host:
-        made.append(Host(name))
-        return made[-1]
-
-    yield make
-    for each in made:
-        for path in sorted(Path(each.directory).rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        Path(each.directory).rmdir()
+def hosts(run_directory: str) -> Callable[[str], Host]:
+    """``hosts(name)`` is another host: the first and the second are those that the registries on hosts list."""
+    numbers = count(1)
+    return lambda name: Host(name, f"{ADDRESSES}{next(numbers)}", f"{run_directory}/{name}")
 
 
 class Heard:
@@ -286,7 +303,7 @@ def test_calls_casts_and_fan_outs_go_from_host_to_host(
     for each in servers.values():
         eventually(lambda each=each: "to all" in each.ran())
     (record,) = [each for each in transport._driver.core.node.nodes() if each.host == "h1"]
-    assert any(each.startswith("tcp://127.0.0.1:") for each in record.endpoints)
+    assert any(each.startswith(f"tcp://{ADDRESSES}1:") for each in record.endpoints)
     servers["h1"].kill()
     servers["h1"].wait()
     assert {client.call({}, "pid") for _ in range(4)} == {servers["h2"].pid}
