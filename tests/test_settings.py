@@ -70,7 +70,7 @@ def test_value_of_another_type_is_refused_however_it_is_given(name: str, value: 
 
 def test_unknown_setting_is_named_with_those_there_are() -> None:
     with pytest.raises(
-        SettingsError, match="no setting is called 'tiemout'; there are: drain_timeout, duplicate_window"
+        SettingsError, match="no setting is called 'tiemout'; there are: address, advertise, cache_directory"
     ):
         revise(Settings(), tiemout=5.0)
 
@@ -92,11 +92,11 @@ def test_host_name_is_the_systems_unless_it_is_set() -> None:
 
 
 def test_each_setting_can_come_from_the_environment() -> None:
-    texts = {str: "x", int: "7", float: "7.5"}
+    texts = {str: "x", int: "7", float: "7.5", bool: "yes"}
     environment = {ENVIRONMENT_PREFIX + each.name.upper(): texts[type(each.default)] for each in fields(Settings)}
     settings = from_environment(environment)
     for each in fields(Settings):
-        assert getattr(settings, each.name) == {str: "x", int: 7, float: 7.5}[type(each.default)]
+        assert getattr(settings, each.name) == {str: "x", int: 7, float: 7.5, bool: True}[type(each.default)]
 
 
 @pytest.mark.parametrize(
