@@ -10,14 +10,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from tests.registry.etcd_server import Etcd, EtcdCluster, encoded
-from tests.registry.outages import Outages
+from tests.registry.outages import Outages, Views, record
 
 from onehop.errors import RegistryError, SettingsError
 from onehop.registry import open_registry
@@ -585,6 +585,24 @@ def test_a_member_that_goes_is_left_for_another_and_the_lease_lives(
         if hang:
             member.resume()
         three.start()
+
+
+def test_nobody_is_dropped_when_a_member_dies(three: EtcdCluster, stores: Stores) -> None:
+    settings = Settings(lease=2.0, realm=stores.realm, cache_directory="none")
+    with ExitStack() as stack:
+        registries = [stack.enter_context(closing(open_registry(three.url(), settings))) for _ in range(6)]
+        views = Views()
+        registries[0].watch(views)
+        for number, each in enumerate(registries[:5]):
+            each.announce(record(number))
+        assert registries[0].want("clock", WITHIN)
+        views.become(0, 1, 2, 3, 4, within=WITHIN)
+        mark = len(views.all)
+        three.members[0].stop()
+        registries[5].announce(record(5))
+        views.become(0, 1, 2, 3, 4, 5, within=WITHIN)
+        assert views.fewest_since(mark) == 5
+    three.start()
 
 
 def eventually_kept(store: EtcdStore, deadline: float) -> None:
