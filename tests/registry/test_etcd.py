@@ -86,12 +86,12 @@ class Stores:
         self.realm = realm
         self._all: list[EtcdStore] = []
 
-    def open(self, url: str, realm: str = "", lease: float = LEASE) -> EtcdStore:
+    def open(self, url: str, realm: str = "", lease: float = 60.0) -> EtcdStore:
         store = EtcdStore(Settings(realm=realm or self.realm, lease=lease), parse(url, PORT, OPTIONS))
         self._all.append(store)
         return store
 
-    def connected(self, url: str, realm: str = "", lease: float = LEASE) -> tuple[EtcdStore, Heard]:
+    def connected(self, url: str, realm: str = "", lease: float = 60.0) -> tuple[EtcdStore, Heard]:
         store, heard = self.open(url, realm, lease), Heard()
         store.connect(heard)
         return store, heard
@@ -298,8 +298,8 @@ def test_a_withdrawal_is_told_as_one_and_once(etcd: Etcd, stores: Stores, eventu
 
 
 def test_the_end_of_a_lease_is_not_told_as_a_withdrawal(etcd: Etcd, stores: Stores, eventually: Eventually) -> None:
-    server, _ = stores.connected(etcd.url())
-    client, heard = stores.connected(etcd.url())
+    server, _ = stores.connected(etcd.url(), lease=LEASE)
+    client, heard = stores.connected(etcd.url(), lease=LEASE)
     client.follow("a")
     server.publish("n0", {"a": b"1"})
     server.forget()  # as if the process were killed
@@ -381,7 +381,7 @@ def test_a_node_of_many_services_is_published_whole(etcd: Etcd, stores: Stores) 
 
 
 def test_a_lease_lasts_as_long_as_it_is_kept(etcd: Etcd, stores: Stores, eventually: Eventually) -> None:
-    server, _ = stores.connected(etcd.url())
+    server, _ = stores.connected(etcd.url(), lease=LEASE)
     server.publish("n0", {"a": b"1"})
     end = time.monotonic() + 2.5 * LEASE
     eventually(lambda: server.keep() or time.monotonic() > end, WITHIN)
@@ -389,12 +389,12 @@ def test_a_lease_lasts_as_long_as_it_is_kept(etcd: Etcd, stores: Stores, eventua
 
 
 def test_what_an_earlier_lease_left_does_not_end_with_it(etcd: Etcd, stores: Stores, eventually: Eventually) -> None:
-    client, heard = stores.connected(etcd.url())
+    client, heard = stores.connected(etcd.url(), lease=LEASE)
     client.follow("a")
-    before, _ = stores.connected(etcd.url())
+    before, _ = stores.connected(etcd.url(), lease=LEASE)
     before.publish("n0", {"a": b"1", "old": b"1"})
     before.forget()
-    after, _ = stores.connected(etcd.url())
+    after, _ = stores.connected(etcd.url(), lease=LEASE)
     after.publish("n0", {"a": b"2"})
     eventually(lambda: after.keep() or keys(etcd, stores) == ["a/n0"], LEASE + WITHIN)  # "old" went with its lease
     assert heard.changes == [Change("a", "n0", b"1"), Change("a", "n0", b"2")]
@@ -458,7 +458,7 @@ def test_a_killed_server_is_noticed_at_once_and_found_again(etcd: Etcd, stores: 
 
 
 def test_a_server_that_hangs_is_noticed_by_keep(etcd: Etcd, stores: Stores, eventually: Eventually) -> None:
-    client, heard = stores.connected(etcd.url())
+    client, heard = stores.connected(etcd.url(), lease=LEASE)
     client.follow("a")
     etcd.pause()
     try:
