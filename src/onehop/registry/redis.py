@@ -297,7 +297,7 @@ class _Connection:
     """
 
     def __init__(self, place: Place, server: tuple[str, int], patience: float, *, sentinel: bool = False) -> None:
-        host, port = server
+        host, port = self.address = server
         self.server = f"{host}:{port}" if ":" not in host else f"[{host}]:{port}"
         self.patience = patience
         self._asking = threading.Lock()
@@ -317,7 +317,7 @@ class _Connection:
         }
         if options.get("tls") == "1":
             arguments |= {"ssl_ca_certs": options.get("ca"), "ssl_certfile": options.get("cert")}
-            arguments |= {"ssl_keyfile": options.get("key")}
+            arguments |= {"ssl_keyfile": options.get("key"), "ssl_check_hostname": True}
             self._connection: Any = redis.SSLConnection(**arguments)
         else:
             self._connection = redis.Connection(**arguments)  # type: ignore[no-untyped-call]
@@ -545,7 +545,7 @@ class RedisStore(Store):
         self._place, self._lease = place, settings.lease
         self._patience = max(1.0, settings.lease / 2)
         self._keys = _Keys(settings, int(place.options.get("db", "0")))
-        self._tell: Tell | None = None
+        self._tell: Tell
         self._connection: _Connection | None = None
         self._listener: _Listener | None = None
         self._number = 0
@@ -608,11 +608,9 @@ class RedisStore(Store):
 
     def follow(self, service: str) -> Mapping[tuple[str, str], bytes]:
         connection = self._connected()
-        if self._listener is None and self._tell is not None:
-            host, _, port = connection.server.rpartition(":")
-            subscription = _Connection(self._place, (host.strip("[]"), int(port)), self._patience)
+        if self._listener is None:
+            subscription = _Connection(self._place, connection.address, self._patience)
             self._listener = _Listener(self._keys, self._tell, connection, subscription, self._period)
-        assert self._listener is not None
         return self._listener.follow(service)
 
     def _period(self, known: int) -> float:
