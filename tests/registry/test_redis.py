@@ -461,8 +461,9 @@ def test_a_connection_that_ends_is_told_and_raises(server: Redis, store: Make) -
         client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
         assert eventually(lambda: told.broken, 5.0)
         client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-    with pytest.raises(StoreAway, match=str(server.port)):
-        one.keep()
+    for _ in range(2):  # and not again by itself: what happened meanwhile would be missed
+        with pytest.raises(StoreAway, match=str(server.port)):
+            one.keep()
     one.connect(told)
     one.keep()
     assert len(told.broken) == 1

@@ -492,7 +492,8 @@ class _Keeper:
             self._away_since = self._away_since or now
             self._away_why, self._refusal = why, refusal
             self._connect_at = now + random.uniform(0.0, self._delay)
-            self._delay = min(2 * self._delay, LONGEST_DELAY)
+            # Not longer than a lease: others hold us for no more than a few of them.
+            self._delay = min(2 * self._delay, LONGEST_DELAY, self._lease)
             if new:
                 _log.warning("the registry %s is away, what is known is kept: %s", self._name, why)
             for service in self._wanted:

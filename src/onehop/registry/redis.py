@@ -325,8 +325,12 @@ class _Connection:
 
     def ask(self, *commands: Command) -> list[Any]:
         """The answers to these commands, in one round trip."""
-        with self._asking:
-            return self._guarded(lambda: self._ask(commands))
+        try:
+            with self._asking:
+                return self._guarded(lambda: self._ask(commands))
+        finally:
+            if self._closed:  # whoever closed it found it in use, and left that to us
+                self.close()
 
     def _ask(self, commands: Sequence[Command]) -> list[Any]:
         self._connection.send_packed_command(self._connection.pack_commands(commands))
@@ -343,8 +347,16 @@ class _Connection:
             return error  # the answers behind it are still to be read
 
     def send(self, *command: _Value) -> None:
-        """Without waiting for an answer; another thread hears it."""
-        self._guarded(lambda: self._connection.send_command(*command))
+        """Without waiting for an answer: another thread hears it, and closes the connection."""
+        with self._asking:
+            if self._closed:
+                raise StoreAway(f"the connection to the Redis server {self.server} was given up")
+            try:
+                self._connection.send_command(*command)
+            except (redis.RedisError, OSError) as error:
+                raise _meaning(error, self.server) from error
+            except AttributeError as error:  # redis-py, when that thread finds the end of the connection just now
+                raise StoreAway(f"the connection to the Redis server {self.server} ended") from error
 
     def hear(self, patience: float) -> list[Any] | None:
         """The next message; None where none came in so many seconds."""
