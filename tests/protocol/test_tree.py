@@ -263,7 +263,7 @@ def test_a_peer_that_could_not_be_connected_to_is_forgotten_too() -> None:
     protocol.connect(peer, 0.0)
     protocol.lost(peer, "nobody listens there", 1.0)
     assert not protocol.peers.peers
-    assert not protocol.peers.resting
+    assert not protocol.peers.away
 
 
 def test_what_the_registry_says_of_a_peer_stands_before_what_others_say() -> None:

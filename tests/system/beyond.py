@@ -329,7 +329,7 @@ say(reached=reached, wrong=[each for each in client.call("ran") if each != "new"
 
 
 def outage(hosts: Hosts, registry: Registry, seconds: float) -> dict[str, Any]:
-    """The registry is stopped so long under 500 calls a second between known peers, then comes back without its data."""
+    """The registry is stopped under 500 calls a second between known peers, and comes back without its data."""
     servers = [Program(host, registry.url, SERVER, host.name, "echo") for host in hosts[1:3]]
     for each in servers:
         each.hear()

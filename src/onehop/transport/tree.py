@@ -211,7 +211,6 @@ class Tree:
         left -= min(MARGIN, left / 10)
         terms, attempts = Terms(service, "", left, 0.0), []
         with caller.lock:
-            caller.protocol.rouse()
             for node, server, host, endpoints in receivers:
                 record = Record(node=node, host=host, endpoints=endpoints)
                 attempts.append(Attempt(terms, method, now + left, now))
