@@ -45,12 +45,13 @@ def opened_by(world: World, node: VirtualNode) -> int:
     return len(node.engine.links)
 
 
+@pytest.mark.timeout(600)
 def test_a_fan_out_to_ten_thousand(capsys: pytest.CaptureFixture[str]) -> None:
-    began = time.monotonic()
+    began = time.process_time()  # a busy machine takes longer, and the simulation no more of it
     world = World(seed=1)
     servers = crowd(world, 10_000)
     caller = origin(world, 2_000)
-    ready = time.monotonic()
+    ready = time.process_time()
     first = world.fanout(caller, "echo", at=0.1, timeout=10.0)
     second = world.fanout(caller, "echo", at=5.0, timeout=10.0)
     world.settle()
@@ -61,14 +62,14 @@ def test_a_fan_out_to_ten_thousand(capsys: pytest.CaptureFixture[str]) -> None:
         print(
             f"\n10,000 receivers: {lasted[0]:.3f} s until all receipts, {lasted[1]:.3f} s over links that stand; the "
             f"origin has {opened_by(world, caller)} links, a relay {max(of_each)} at most; {ready - began:.1f} s to "
-            f"make the world, {time.monotonic() - ready:.1f} s to run it, {memory:.0f} MiB"
+            f"make the world, {time.process_time() - ready:.1f} s to run it, {memory:.0f} MiB"
         )
     assert outcomes(first) == outcomes(second) == {"taken": 10_000}
     assert all(map(is_honest, (first, second)))
     assert opened_by(world, caller) <= 150
     assert max(of_each) <= 150
     assert sum(map(bool, of_each)) == opened_by(world, caller)
-    assert time.monotonic() - began < 60.0
+    assert time.process_time() - began < 60.0
     assert memory < 2_048
 
 
