@@ -206,9 +206,10 @@ def parts_of(settings: Settings, network: Network | None) -> tuple[Carrier, Regi
         places = [f"ipc://{local.prepare()}/{node.hex()[:16]}.sock"]
         if registry.addresses:
             ports = listening_ports(settings.ports)
-            ports = ports[1:] or ports  # the first is for the directory of a host (registry/hosts.py)
+            # The first is for the directory of a host (registry/hosts.py), unless the registry's URL names others.
+            taken = {ports[0], *(port for _host, port in registry.addresses)} if len(ports) > 1 else set()
             address = listening_address(settings, registry.addresses)
-            places.append(f"tcp://{bracketed(address)}:{ports[0]}-{ports[-1]}")
+            places.append(f"tcp://{bracketed(address)}:{','.join(str(port) for port in ports if port not in taken)}")
         return places
 
     return ZmqCarrier(0o660 if settings.group else 0o600, str(local.directory)), registry, listen
