@@ -357,23 +357,21 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
         return connecting
 
     def select(
-        self, reads: Sequence[Any], writes: Sequence[Any], _errors: Sequence[Any], timeout: float | None = None
-    ) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-        """Wait until some of these are ready; kazoo's own way opens an epoll each time."""
+        self, reads: Sequence[Any], writes: Sequence[Any], _: Sequence[Any], timeout: float | None = None
+    ) -> Any:
+        """Wait until some of these are ready. kazoo's own way opens an epoll each time, and does not see what TLS has
+        read already."""
+        if self._tls and (read := [each for each in reads if isinstance(each, ssl.SSLSocket) and each.pending()]):
+            return read, [], []
         new = getattr(select, "poll", None)
         if new is None:  # a patch for green threads took it away
             return select.select(reads, writes, [], timeout)
         poll = new()
-        for each in reads:
-            poll.register(each, select.POLLIN)
-        for each in writes:
-            poll.register(each, select.POLLOUT)
+        for sockets, event in ((reads, select.POLLIN), (writes, select.POLLOUT)):
+            for each in sockets:
+                poll.register(each, event)
         ready = {descriptor for descriptor, _ in poll.poll(None if timeout is None else timeout * 1000)}
-        return (
-            [each for each in reads if each.fileno() in ready],
-            [each for each in writes if each.fileno() in ready],
-            [],
-        )
+        return *([each for each in sockets if each.fileno() in ready] for sockets in (reads, writes)), []
 
     def join(self, patience: float) -> bool:
         """Wait for the end of the thread, and say whether it came."""
