@@ -26,7 +26,8 @@ from onehop.errors import RegistryError, SettingsError
 from onehop.interfaces import Record
 from onehop.registry.leased import LeasedRegistry, LeaseLost, StoreAway
 from onehop.registry.urls import parse
-from onehop.registry.zookeeper import CONNECT_PATIENCE, LIMIT, ZooKeeperStore, open_registry
+from onehop.registry.zookeeper import LIMIT, ZooKeeperStore, open_registry
+from onehop.registry.zookeeper_connection import CONNECT_PATIENCE
 from onehop.settings import Settings
 
 LEASE = 1.0
@@ -641,7 +642,8 @@ import eventlet
 eventlet.monkey_patch()
 import sys, time
 from onehop.interfaces import Record
-from onehop.registry.zookeeper import open_registry
+from onehop.registry.zookeeper import LIMIT, ZooKeeperStore, open_registry
+from onehop.registry.zookeeper_connection import CONNECT_PATIENCE
 from onehop.settings import Settings
 
 settings = Settings(lease=1.0, realm=sys.argv[2], cache_directory="none")
