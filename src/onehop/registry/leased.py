@@ -187,10 +187,11 @@ class LeasedRegistry(Registry):
         if self._closed:
             raise RegistryError("this registry was closed, or belongs to the parent of this process; open another")
         _in_use.add(self)
-        # Made at first use, so that its locks are green ones where threads are; setdefault lets one of two threads win.
-        keeper: _Keeper = self.__dict__.setdefault(
-            "_the_keeper", _Keeper(self._settings, self._place, self._open_store)
-        )
+        keeper = self._kept()
+        if keeper is None:
+            # Made at first use, so that its locks are green ones where threads are; one of two threads wins.
+            keeper = _Keeper(self._settings, self._place, self._open_store)
+            keeper = self.__dict__.setdefault("_the_keeper", keeper)
         return keeper
 
 
@@ -216,7 +217,8 @@ class _Told(Tell):
 
     def changed(self, service: str, node: str, value: bytes | None, *, withdrawn: bool = False) -> None:
         self.changes.append(_Change(service, node, value, withdrawn))
-        self._keeper.wake()
+        if len(self.changes) == 1:  # otherwise it was woken for the first, and takes all
+            self._keeper.wake()
 
     def broke(self, why: str) -> None:
         self.broken = self.broken or why or "the connection ended"
@@ -276,13 +278,15 @@ class _Keeper:
             before, self._offer = self._offer, offer
             self._asked += 1
             asked, self._to_publish = self._asked, True
+            patience = PATIENCE
             if self._refusal is not None:
                 self._refusal, self._connect_at = None, 0.0  # it may have been mended: ask again
+            elif self._away_since is not None:
+                patience -= time.monotonic() - self._away_since
             self._start()
             if self._is_own_thread():
                 return
-            away = 0.0 if self._away_since is None else time.monotonic() - self._away_since
-            self._state.wait_for(lambda: self._done >= asked or self._refused() or self._closing, PATIENCE - away)
+            self._state.wait_for(lambda: self._done >= asked or self._refused() or self._closing, patience)
             if self._done >= asked or self._closing or offer is None:
                 return
             if (refusal := self._refused()) is not None:
@@ -304,7 +308,8 @@ class _Keeper:
                 return self._is_delivered(service)
             patience = min(timeout / 2, _CACHE_PATIENCE)
             self._state.wait_for(lambda: self._is_delivered(service) or self._away_since or self._closing, patience)
-            self._recall(service)
+            if patience > 0 or self._away_since is not None:  # who does not wait at all may have his answer in a moment
+                self._recall(service)
             found = self._recalled.get(service) and not self._is_delivered(service)
         if found:  # by ourselves: the thread may be waiting for the registry
             self.deliver(patience=max(0.0, deadline - time.monotonic()))
@@ -329,6 +334,8 @@ class _Keeper:
     def close(self) -> None:
         """End the thread, which takes away what was published; not waited for without end."""
         with self._state:
+            if self._closing:
+                return
             self._closing, self._deliver = True, None
             self._state.notify_all()
         deadline = time.monotonic() + CLOSE_PATIENCE
@@ -396,8 +403,10 @@ class _Keeper:
             self._connect()
         if self._told is not None and self._told.broken:
             raise StoreAway(self._told.broken)
-        self._publish()
-        self._follow()
+        try:
+            self._publish()
+        finally:
+            self._follow()  # others can be read even where we cannot write: no memory left, or no permission
         self._keep()
         self._is_well()
 
@@ -483,7 +492,8 @@ class _Keeper:
             self._away_since = self._away_since or now
             self._away_why, self._refusal = why, refusal
             self._connect_at = now + random.uniform(0.0, self._delay)
-            self._delay = min(2 * self._delay, LONGEST_DELAY)
+            # Not longer than a lease: others hold us for no more than a few of them.
+            self._delay = min(2 * self._delay, LONGEST_DELAY, self._lease)
             if new:
                 _log.warning("the registry %s is away, what is known is kept: %s", self._name, why)
             for service in self._wanted:

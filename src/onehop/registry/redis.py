@@ -5,7 +5,7 @@ The keys of a realm, each part quoted::
     onehop:<realm>:record:<service>:<node id>   the record, behind a number that grows; lives for a lease
     onehop:<realm>:nodes:<service>              sorted set of node ids, by the time at which their leases end
     onehop:<realm>:count:<service>              grows by one with each change of the service
-    onehop:<realm>:services                     sorted set of services, by the time at which their last lease ends
+    onehop:<realm>:services                     sorted set of services, by the time until which each is worth a look
 
 and the channels ``onehop:<realm>:<database>:change:<service>``. Subscriptions lose messages in silence. So each message
 carries the count, who follows compares the count now and then, and reads a service anew where one is missing: in the
@@ -85,11 +85,15 @@ local function text(number)  -- Lua itself writes 14 digits only
     return string.format('%.0f', number)
 end
 
-local function changed(what, node, value)
+local function begin_count()
     -- A count that was lost goes on far beyond where it was, so that nobody takes it for the same.
     redis.call('SET', count, text(time[1] * 1000000 + time[2]), 'NX')
-    local number = redis.call('INCR', count)
     redis.call('PEXPIRE', count, kept)
+end
+
+local function changed(what, node, value)
+    begin_count()
+    local number = redis.call('INCR', count)
     redis.call('PUBLISH', channel, text(number) .. ' ' .. what .. ' ' .. node .. ' ' .. value)
 end
 
@@ -103,13 +107,15 @@ local function current()
 end
 
 local function live(service, node)
-    local new = redis.call('ZADD', nodes, now + lease, node)
-    redis.call('PEXPIRE', nodes, kept)
-    redis.call('PEXPIRE', count, kept)
-    redis.call('ZADD', services, now + lease, service)
-    redis.call('ZREMRANGEBYSCORE', services, '-inf', now - kept)
-    redis.call('PEXPIRE', services, kept)
-    return new == 1
+    local new = redis.call('ZADD', nodes, now + lease, node) == 1
+    if new or redis.call('PTTL', nodes) < kept / 2 then  -- what all have in common, one of them now and then
+        redis.call('PEXPIRE', nodes, kept)
+        redis.call('PEXPIRE', count, kept)
+        redis.call('ZADD', services, now + kept, service)
+        redis.call('ZREMRANGEBYSCORE', services, '-inf', now)
+        redis.call('PEXPIRE', services, kept)
+    end
+    return new
 end
 
 local function reap(prefix)
@@ -170,7 +176,8 @@ reap(ARGV[4])
 return redis.call('GET', count) or '0'
 """
 _READ = """
-local prefix, answer = ARGV[4], {redis.call('GET', count) or '0'}
+begin_count()  -- so that the first change is the next one for whoever has read before it
+local prefix, answer = ARGV[4], {redis.call('GET', count)}
 local all = redis.call('ZRANGE', nodes, 0, -1)
 for first = 1, #all, 1000 do
     local keys = {}
@@ -290,7 +297,7 @@ class _Connection:
     """
 
     def __init__(self, place: Place, server: tuple[str, int], patience: float, *, sentinel: bool = False) -> None:
-        host, port = server
+        host, port = self.address = server
         self.server = f"{host}:{port}" if ":" not in host else f"[{host}]:{port}"
         self.patience = patience
         self._asking = threading.Lock()
@@ -310,7 +317,7 @@ class _Connection:
         }
         if options.get("tls") == "1":
             arguments |= {"ssl_ca_certs": options.get("ca"), "ssl_certfile": options.get("cert")}
-            arguments |= {"ssl_keyfile": options.get("key")}
+            arguments |= {"ssl_keyfile": options.get("key"), "ssl_check_hostname": True}
             self._connection: Any = redis.SSLConnection(**arguments)
         else:
             self._connection = redis.Connection(**arguments)  # type: ignore[no-untyped-call]
@@ -318,8 +325,12 @@ class _Connection:
 
     def ask(self, *commands: Command) -> list[Any]:
         """The answers to these commands, in one round trip."""
-        with self._asking:
-            return self._guarded(lambda: self._ask(commands))
+        try:
+            with self._asking:
+                return self._guarded(lambda: self._ask(commands))
+        finally:
+            if self._closed:  # whoever closed it found it in use, and left that to us
+                self.close()
 
     def _ask(self, commands: Sequence[Command]) -> list[Any]:
         self._connection.send_packed_command(self._connection.pack_commands(commands))
@@ -336,8 +347,16 @@ class _Connection:
             return error  # the answers behind it are still to be read
 
     def send(self, *command: _Value) -> None:
-        """Without waiting for an answer; another thread hears it."""
-        self._guarded(lambda: self._connection.send_command(*command))
+        """Without waiting for an answer: another thread hears it, and closes the connection."""
+        with self._asking:
+            if self._closed:
+                raise StoreAway(f"the connection to the Redis server {self.server} was given up")
+            try:
+                self._connection.send_command(*command)
+            except (redis.RedisError, OSError) as error:
+                raise _meaning(error, self.server) from error
+            except AttributeError as error:  # redis-py, when that thread finds the end of the connection just now
+                raise StoreAway(f"the connection to the Redis server {self.server} ended") from error
 
     def hear(self, patience: float) -> list[Any] | None:
         """The next message; None where none came in so many seconds."""
@@ -538,7 +557,7 @@ class RedisStore(Store):
         self._place, self._lease = place, settings.lease
         self._patience = max(1.0, settings.lease / 2)
         self._keys = _Keys(settings, int(place.options.get("db", "0")))
-        self._tell: Tell | None = None
+        self._tell: Tell
         self._connection: _Connection | None = None
         self._listener: _Listener | None = None
         self._number = 0
@@ -601,11 +620,9 @@ class RedisStore(Store):
 
     def follow(self, service: str) -> Mapping[tuple[str, str], bytes]:
         connection = self._connected()
-        if self._listener is None and self._tell is not None:
-            host, _, port = connection.server.rpartition(":")
-            subscription = _Connection(self._place, (host.strip("[]"), int(port)), self._patience)
+        if self._listener is None:
+            subscription = _Connection(self._place, connection.address, self._patience)
             self._listener = _Listener(self._keys, self._tell, connection, subscription, self._period)
-        assert self._listener is not None
         return self._listener.follow(service)
 
     def _period(self, known: int) -> float:
