@@ -61,10 +61,12 @@ class ZooKeeperStore:
         self._session: tuple[int, bytes] | None = None
         self._sessions: set[int] = set()  # that we ever had
         self._ours: set[str] = set()  # what we may have put and not taken back, in whichever of them
+        self._kept: list[str] = []  # what we have put over this connection
         self._warned = False
 
     def connect(self, tell: Tell) -> None:
         self._drop(leave_session=True)
+        self._kept = []
         self._feed = _Feed(self._top, tell)
         connection = Connection(self._place, self._lease, self._session, self._feed.heard, self._feed.end)
         self._connection = self._feed.connection = connection
@@ -111,6 +113,7 @@ class ZooKeeperStore:
                 changes += [jute.Transaction(each) for each in steps if each]
                 if connection.change(changes):
                     self._ours &= wanted.keys()
+                    self._kept = list(wanted)
                     return
         raise StoreAway(f"somebody else changes our keys below {self._top} of {self._place.shown} at the same time")
 
@@ -120,9 +123,8 @@ class ZooKeeperStore:
 
     def keep(self) -> None:
         connection = self._connected()
-        paths = sorted(self._ours)
         with self._explained():
-            for path, found in zip(paths, connection.read(paths), strict=True):
+            for path, found in zip(self._kept, connection.read(self._kept), strict=True):
                 if found is None or found.session != connection.session[0]:
                     raise LeaseLost(f"{path} is no longer ours at {connection.server}")
 
