@@ -20,6 +20,7 @@ from benchmarks.system import Setup, System
 from benchmarks.systems import SYSTEMS
 
 CROWD = SYSTEMS["onehop crowd"]
+RELAYED = SYSTEMS["onehop relays"]
 PROCESSES = 8
 PATIENCE = 5.0
 """Seconds without a further arrival after which a copy counts as lost."""
@@ -38,26 +39,29 @@ def row(system: str, found: Row) -> Row:
 def fanout_1000(systems: Sequence[System], options: Options, say: Say) -> list[Row]:
     """Time until all receipts are there, and what it costs the sender, over links that are open."""
     nodes = 200 if options.quick else 1_000
+    return [fan_outs(name, of, nodes, options, say) for name, of in (("onehop", CROWD), ("onehop relays", RELAYED))]
+
+
+def fan_outs(name: str, system: System, nodes: int, options: Options, say: Say) -> Row:
+    """A line of the table: to each directly, or through relays."""
     case = Case("", "2048", servers=PROCESSES, receivers=nodes // PROCESSES)
-    say(f"fanout-1000: starting {nodes} nodes")
+    say(f"fanout-1000: starting {nodes} nodes for {name}")
     try:
-        with Running(CROWD, case, "fanout", pinned=False, broker=None) as running:
+        with Running(system, case, "fanout", pinned=False, broker=None) as running:
             found = [fan_out(running, nodes) for _ in range(max(5, options.rounds))]
     except Failed as error:
-        return [row("onehop", {"error": str(error)})]
-    return [
-        row(
-            "onehop",
-            {
-                "receivers": nodes,
-                "processes": PROCESSES,
-                "seconds": statistics.median(each.seconds for each in found),
-                "slowest": max(each.seconds for each in found),
-                "sender_cpu": statistics.median(each.sender_cpu for each in found),
-                "lost": sum(each.lost for each in found),
-            },
-        )
-    ]
+        return row(name, {"error": str(error)})
+    return row(
+        name,
+        {
+            "receivers": nodes,
+            "processes": PROCESSES,
+            "seconds": statistics.median(each.seconds for each in found),
+            "slowest": max(each.seconds for each in found),
+            "sender_cpu": statistics.median(each.sender_cpu for each in found),
+            "lost": sum(each.lost for each in found),
+        },
+    )
 
 
 class FanOut(NamedTuple):

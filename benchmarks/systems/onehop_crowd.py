@@ -39,14 +39,23 @@ class Host:
 class Server(onehop_.Server):
     """``setup.receivers`` nodes, each with one server of the service."""
 
-    def __init__(self, setup: Setup, inline: bool) -> None:
+    def __init__(self, setup: Setup, inline: bool, direct: int) -> None:
         super().__init__(setup, inline)
         settings = Settings(**onehop_.settings(setup))
         self._nodes = [Node(settings, network=Host(settings)) for _ in range(setup.receivers)]
 
 
 class Client(onehop_.Client):
-    """The one process that calls them: one fan-out at a time, since each is timed by itself."""
+    """The one process that calls them: one fan-out at a time, since each is timed by itself.
+
+    Args:
+        direct: receivers to which it sends without relays, at most.
+    """
+
+    def __init__(self, setup: Setup, inline: bool, direct: int) -> None:
+        super().__init__(setup, inline)
+        self._node = Node(**onehop_.settings(setup), fanout_direct=direct)
+        self._client = self._node.client(setup.service)
 
     def fanout(self, seconds: float) -> Sample:
         return in_threads(self._fan_out, seconds, 1, self._receivers)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from onehop import handlers, payload
+from onehop.addresses import bracketed, listening_address, listening_ports
 from onehop.errors import Rejected, SettingsError, WireError
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
@@ -192,18 +193,24 @@ def gathered(attempts: Sequence[Attempt], value: Callable[[Attempt], Any]) -> Ga
 # A node's parts -----------------------------------------------------------------------------------
 
 
-def parts_of(settings: Settings, network: Network | None) -> tuple[Carrier, Registry, Callable[[bytes], str]]:
+def parts_of(settings: Settings, network: Network | None) -> tuple[Carrier, Registry, Callable[[bytes], Sequence[str]]]:
     """What carries a node's messages, who knows the others, and where the node of a given id listens."""
     if network is not None:
-        return network.carrier, network.registry(), network.endpoint
+        return network.carrier, network.registry(), lambda node: (network.endpoint(node),)
     registry = open_registry(settings.registry, settings)
     local = registry if isinstance(registry, LocalRegistry) else LocalRegistry(settings)
 
-    def endpoint(node: bytes) -> str:
+    def listen(node: bytes) -> list[str]:
         # Half of the id: a socket's path has 107 bytes at most, and 64 random bits do not meet by chance.
-        return f"ipc://{local.prepare()}/{node.hex()[:16]}.sock"
+        places = [f"ipc://{local.prepare()}/{node.hex()[:16]}.sock"]
+        if registry.addresses:
+            ports = listening_ports(settings.ports)
+            ports = ports[1:] or ports  # the first is for the directory of a host (registry/hosts.py)
+            address = listening_address(settings, registry.addresses)
+            places.append(f"tcp://{bracketed(address)}:{ports[0]}-{ports[-1]}")
+        return places
 
-    return ZmqCarrier(0o660 if settings.group else 0o600), registry, endpoint
+    return ZmqCarrier(0o660 if settings.group else 0o600, str(local.directory)), registry, listen
 
 
 def servers_of(records: Sequence[Record], service: str | None, own: str) -> list[ServerView]:

@@ -68,6 +68,7 @@ def test_demo_kills_two_and_brings_one_back(report: dict[str, Any]) -> None:
     conductor, compute = report["killed"]
     assert (conductor["host"], conductor["back_after_seconds"]) == ("conductor-2", None)
     assert compute["host"] == "compute-3"
+    assert conductor["without_power"] is compute["without_power"] is None
     assert 0 < compute["back_after_seconds"] < 20
     assert report["processes"] == 11
 
@@ -79,6 +80,30 @@ def test_demo_tells_latencies(report: dict[str, Any]) -> None:
     assert report["url"] == "zmq:///demo"
     assert report["messages_per_second"] > 0
     assert report["cpu_ms_per_message"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--hosts", 2), "it must be 3 or more"),
+        (("--hosts", 401), "there may be 1 to 400"),
+        (("--hosts", 3, "--compare", "rabbit:///"), "no broker is reached from a test host"),
+    ],
+)
+def test_hosts_that_cannot_be_had_are_refused(
+    run: Callable[..., Any], arguments: tuple[object, ...], words: str
+) -> None:
+    ended = run("demo", *arguments)
+    assert ended.code == 2
+    assert words in ended.sentence
+
+
+def test_who_must_not_have_hosts_is_told_what_is_missing(start: Callable[..., subprocess.Popen[str]]) -> None:
+    drop = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin") if os.geteuid() == 0 else ()
+    process = start("demo", "--hosts", 3, command=(*drop, sys.executable, "-m", "onehop"))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert "--hosts 3 cannot be had: test hosts need Linux, root" in err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
@@ -196,6 +221,15 @@ def test_what_was_with_a_killed_process_is_explained(book: Book, text: str) -> N
     assert book.ledger.problems([Outage("compute-1", 9, 10.5, 12.0)]) == []
     for other in (Outage("compute-1", 9, 20.0, 22.0), Outage("conductor-1", 9, 10.5, 12.0)):
         assert len(book.ledger.problems([other])) == 1
+
+
+def test_a_host_without_power_may_go_unnoticed_for_a_while(book: Book) -> None:
+    silent = Outage("compute-1", 9, 10.5, 13.0, unnoticed=8.0)
+    book.write("S a cast compute compute-1 18.0\nE a answered 18.1\nS b call compute compute-1 18.0\nE b unknown 23.0")
+    assert book.ledger.problems([silent]) == []
+    assert len(book.ledger.problems([silent._replace(unnoticed=0.5)])) == 2
+    book.write("S c cast compute compute-1 18.6\nE c answered 18.7")
+    assert "was accepted and compute-1 never ran it" in problem(book, [silent])
 
 
 def test_what_a_killed_process_was_sending_has_no_outcome_and_needs_none(book: Book) -> None:

@@ -148,20 +148,23 @@ class _VirtualCarrier:
 def carrier_arm(name: str, directory: str) -> CarrierArm:
     if name == "zmq":
         return CarrierArm(ZmqCarrier(), lambda number: f"ipc://{directory}/{number}.sock", wait_really)
+    if name.startswith("tcp"):
+        host, limit = ("[::1]", 9_850) if name == "tcp6" else ("127.0.0.1", 9_750)
+        return CarrierArm(ZmqCarrier(), lambda number: f"tcp://{host}:{limit - 99 + number}-{limit}", wait_really)
     if name == "memory":
         return CarrierArm(Network().carrier, lambda number: f"memory://{number}", wait_really)
     virtual = _VirtualCarrier()
     return CarrierArm(virtual, lambda number: f"virtual://{number}", virtual.wait)
 
 
-@pytest.fixture(params=["zmq", "memory", "virtual"])
+@pytest.fixture(params=["zmq", "tcp", "tcp6", "memory", "virtual"])
 def arm(request: pytest.FixtureRequest, run_directory: str) -> Iterator[CarrierArm]:
     made = carrier_arm(request.param, run_directory)
     yield made
     made.close()
 
 
-@pytest.fixture(params=["zmq", "memory"])
+@pytest.fixture(params=["zmq", "tcp", "memory"])
 def real_arm(request: pytest.FixtureRequest, run_directory: str) -> Iterator[CarrierArm]:
     """Those that threads can poll."""
     made = carrier_arm(request.param, run_directory)

@@ -14,7 +14,10 @@ from onehop.protocol import wire
 from onehop.protocol.calls import Call
 from onehop.protocol.peers import FIRST_PAUSE, LONGEST_PAUSE, TRANSITIONS, USABLE, Peer, PeerTable
 
-EVENTS = [states.CONNECT, states.HELLO, states.GOODBYE, states.LOST, states.RESTED, states.FORGOTTEN]
+EVENTS = [
+    states.CONNECT, states.HELLO, states.GOODBYE, states.LOST, states.RESTED, states.FORGOTTEN,
+    states.IDLE, states.REPLACED, states.HELD_BACK,
+]  # fmt: skip
 WAYS = {
     states.KNOWN: [],
     states.CONNECTING: [states.CONNECT],
@@ -243,3 +246,93 @@ def test_number_used_while_a_peer_went_is_not_used_again() -> None:
     peers.event(peer, states.LOST)
     peers.learn([record(1)])
     assert begin(only(peers)) > six
+
+
+# Returning ----------------------------------------------------------------------------------------
+
+
+def lose(peers: PeerTable, peer: Peer, place: int, now: float = 0.0) -> None:
+    for event in (states.CONNECT, states.HELLO):
+        assert peers.event(peer, event, now)
+    peer.place = place
+    assert peers.event(peer, states.LOST, now)
+
+
+def test_a_crowd_that_lost_one_peer_returns_in_the_order_in_which_it_came() -> None:
+    times = []
+    for place in range(1, 1_001):
+        peers = table(1, random=0.0)
+        lose(peers, only(peers), place, now=100.0)
+        times.append(only(peers).rested_at)
+    assert times == sorted(times)
+    assert max(times) < 100.0 + 15.0
+    busiest = max(sum(start <= time < start + 1.0 for time in times) for start in times)
+    assert busiest < 300
+
+
+def test_the_first_pause_grows_by_no_more_than_the_jitter_where_there_is_no_crowd() -> None:
+    peers = table(1, random=1.0)
+    lose(peers, only(peers), 1)
+    assert only(peers).rested_at <= 2 * FIRST_PAUSE + 0.01
+
+
+def test_who_fails_again_waits_with_full_jitter_over_twice_the_time_of_the_crowd() -> None:
+    for random in (0.0, 0.5, 0.999):
+        peers = table(1, random=random)
+        peer = only(peers)
+        lose(peers, peer, 1_000)
+        turn = peer.turn
+        for event in (states.RESTED, states.CONNECT):
+            peers.event(peer, event, 50.0)
+        peers.event(peer, states.LOST, 50.0)
+        assert peer.rested_at == pytest.approx(50.0 + random * 2 * turn)
+
+
+@pytest.mark.parametrize(("place", "state"), [(1, states.KNOWN), (1_000, states.RESTING)])
+def test_a_server_started_anew_is_held_back_until_our_turn_where_there_is_a_crowd(place: int, state: str) -> None:
+    peers = table(1)
+    lose(peers, only(peers), place)
+    peers.learn([record(2)], now=10.0)
+    heir = peers.peers[(2).to_bytes(16, "big")]
+    assert heir.state == state
+    if state == states.RESTING:
+        assert heir.rested_at == pytest.approx(10.0 + 5.0)
+        assert peers.expected("clock", "") == peers.expected("clock", "a") == heir.rested_at
+        assert peers.expected("clock", "b") == peers.expected("lock", "") == states.NEVER
+        assert peers.handle_timer(14.9) == []
+        assert peers.handle_timer(15.1) == [heir]
+    assert peers.expected("clock", "") == states.NEVER
+
+
+@pytest.mark.parametrize(
+    ("fields", "now"),
+    [({"services": {"clock": ("b",)}}, 10.0), ({"services": {"lock": ("a",)}}, 10.0), ({}, states.HEIRS_AFTER + 1.0)],
+    ids=["another server", "another service", "much later"],
+)
+def test_a_peer_that_is_no_lost_server_is_not_held_back(fields: dict[str, Any], now: float) -> None:
+    peers = table(1)
+    lose(peers, only(peers), 1_000)
+    peers.learn([record(2, **fields)], now=now)
+    assert peers.peers[(2).to_bytes(16, "big")].state == states.KNOWN
+
+
+def test_a_peer_whose_connection_was_not_used_can_be_connected_to_at_once_and_goes_on_in_its_numbers() -> None:
+    peers = table(1)
+    peer = only(peers)
+    for event in (states.CONNECT, states.HELLO):
+        peers.event(peer, event)
+    before = begin(peer)
+    peer.calls.pending.clear()
+    assert peers.event(peer, states.IDLE)
+    assert peer.state in USABLE
+    assert (peer.failures, peer.rested_at) == (0, 0.0)
+    assert begin(peer) == before + 1
+
+
+def test_an_address_at_which_another_node_answered_is_left_alone_for_a_minute() -> None:
+    peers = table(1)
+    peer = only(peers)
+    peers.event(peer, states.CONNECT)
+    assert peers.event(peer, states.REPLACED, 7.0)
+    assert peer.rested_at == 7.0 + states.REPLACED_PAUSE
+    assert peers.expected("clock", "") == states.NEVER, "nobody waits for it"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from hashlib import sha256
+from random import Random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onehop.interfaces import Record
 from onehop.protocol import wire
 from onehop.protocol.calls import Call
-from onehop.protocol.peers import DRAINING, KNOWN, TRANSITIONS, USABLE, Peer
+from onehop.protocol.peers import DRAINING, KNOWN, TRANSITIONS, USABLE, Peer, PeerTable
 from onehop.protocol.routes import Route, Routes, choose, routes_to
 
 
@@ -153,3 +155,80 @@ def test_load_that_was_reported_once_fades_so_that_its_server_is_asked_again() -
     routes = picture(*peers).of("clock")
     asked: Counter[Route] = Counter(choose(routes, turn) for turn in range(60))
     assert asked[routes[0]] > 5
+
+
+# The subset ---------------------------------------------------------------------------------------
+
+
+def servers_of_clients(clients: int, servers: list[bytes], subset: int) -> list[set[bytes]]:
+    """For each client the servers that it goes to."""
+    found = []
+    records = [
+        Record(node=id.hex(), host="h", endpoints=("ipc:///s",), services={"clock": (id.hex(),)}) for id in servers
+    ]
+    for number in range(clients):
+        peers = PeerTable(sha256(b"client %d" % number).digest()[:16], lambda: 0.5)
+        routes = Routes(subset).changed(peers.learn(records))
+        found.append({route.peer.id for route in routes.candidates("clock")})
+    return found
+
+
+def ids(number: int) -> list[bytes]:
+    return [sha256(b"server %d" % each).digest()[:16] for each in range(number)]
+
+
+def test_ten_thousand_clients_spread_over_a_hundred_servers_within_15_percent_of_even() -> None:
+    chosen = Counter(server for servers in servers_of_clients(10_000, ids(100), 12) for server in servers)
+    even = 10_000 * 12 / 100
+    assert len(chosen) == 100
+    assert max(chosen.values()) <= even * 1.15
+    assert min(chosen.values()) >= even * 0.85
+
+
+@given(st.integers(1, 40), st.integers(1, 15), st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_a_server_that_leaves_moves_only_its_own_share(number: int, subset: int, random: Random) -> None:
+    servers = ids(number)
+    gone = random.choice(servers)
+    before = servers_of_clients(20, servers, subset)
+    after = servers_of_clients(20, [server for server in servers if server != gone], subset)
+    for old, new in zip(before, after, strict=True):
+        assert len(old) == min(subset, number)
+        assert old - {gone} <= new
+        assert len(new - old) == (gone in old and number > subset)
+
+
+def test_subset_is_of_peers_and_keeps_all_that_one_peer_offers() -> None:
+    peers = [peer_of(number, {"clock": ("a", "a", "b")}) for number in range(1, 6)]
+    for peer in peers:
+        peer.distance = peer.id
+    routes = Routes(2).changed(peers)
+    assert [(route.peer, route.server) for route in routes.candidates("clock")] == [
+        (peer, server) for peer in peers[:2] for server in ("a", "a", "b")
+    ]
+
+
+def test_named_server_and_fan_out_know_no_subset() -> None:
+    routes = Routes(2).changed([peer_of(number, {"clock": (str(number),)}) for number in range(1, 30)])
+    assert len(routes.candidates("clock")) == 2
+    assert len(routes.distinct("clock")) == 29
+    for number in range(1, 30):
+        assert [route.server for route in routes.candidates("clock", str(number))] == [str(number)]
+
+
+def test_when_each_of_the_subset_was_tried_the_others_are() -> None:
+    routes = Routes(2).changed([peer_of(number) for number in range(1, 5)])
+    near = routes.candidates("clock")
+    assert routes.untried("clock", "", ()) == near
+    assert routes.untried("clock", "", near[:1]) == near[1:]
+    assert set(routes.untried("clock", "", near)) == set(routes.of("clock")) - set(near)
+    assert routes.untried("clock", "", routes.of("clock")) == ()
+
+
+def test_the_next_nearest_steps_in_for_a_peer_that_cannot_be_used() -> None:
+    peers = [peer_of(number) for number in range(1, 6)]
+    for peer in peers:
+        peer.distance = peer.id
+    routes = Routes(2).changed(peers)
+    peers[0].state = DRAINING
+    assert [route.peer for route in routes.changed(peers[:1]).candidates("clock")] == peers[1:3]

@@ -76,9 +76,9 @@ class NeverGivesUp(VirtualEngine):
 
 
 class EndsTwice(VirtualEngine):
-    def _finish(self, entry: Any, outcome: str, error: Any = None) -> None:
-        super()._finish(entry, outcome, error)
-        super()._finish(entry, outcome, error)
+    def finish(self, entry: Any, outcome: str, error: Any = None) -> None:
+        super().finish(entry, outcome, error)
+        super().finish(entry, outcome, error)
 
 
 class RunsAndRefuses(VirtualEngine):

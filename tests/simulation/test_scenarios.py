@@ -370,3 +370,32 @@ def test_several_instances_of_one_name_share_its_requests(world: World) -> None:
     world.settle()
     assert {call.outcome for call in calls} == {"replied"}
     assert [part.times_run for part in fanout.parts] == [2, 2]
+
+
+def test_a_thousand_callers_of_a_server_that_starts_anew_come_back_in_turn(world: World) -> None:
+    (server,) = world.nodes(1, service="echo")
+    callers = world.nodes(1_000)
+    for number, caller in enumerate(callers):
+        for second in range(16):
+            world.call(caller, "echo", at=number / 1_000 + second, timeout=60.0, ready_timeout=1.0)
+    opened: list[float] = []
+    inner = world.network.connect
+
+    def connect(site: int, endpoint: str) -> object:
+        opened.append(world.now)
+        return inner(site, endpoint)
+
+    world.network.connect = connect  # type: ignore[method-assign, assignment]
+    world.crash(server, at=3.0)
+    world.restart(server, at=4.0)
+    world.run(until=19.0)
+    world.settle()
+    returned = [time for time in opened if time >= 3.0]
+    assert len(returned) >= 1_000
+    assert max(returned) < 3.0 + 15.0
+    busiest = max(sum(start <= time < start + 1.0 for time in returned) for start in range(3, 19))
+    assert busiest < 300, f"{busiest} connections in one second, {len(returned)} in all"
+    assert len(returned) < 2_500
+    last = [entry for caller in callers for entry in [world.call(caller, "echo", at=world.now, timeout=5.0)]]
+    world.settle()
+    assert {entry.outcome for entry in last} == {"replied"}

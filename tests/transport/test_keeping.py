@@ -119,3 +119,48 @@ def test_end_of_a_resting_link_is_heard_at_once(make_node, eventually) -> None:
     serving.close()
     eventually(lambda: link.over and link._closed, within=5.0)
     assert set(calling._core()._watch._watched.values()) == {None}, "descriptors that were given back are waited for"
+
+
+def test_link_that_is_not_used_is_closed_and_opened_again_by_the_next_call(make_node, eventually) -> None:
+    serving = make_node()
+    serving.serve("clock", {"read": lambda: 1})
+    calling = make_node(idle_timeout=0.5)
+    for _ in range(2):
+        assert calling.call("clock", "read") == 1
+        link = only_link(calling)
+        eventually(lambda link=link: link.over and link._closed, within=10.0)
+        assert (link.ended, link.peer.state, link.peer.failures) == ("it was not used for a while", "known", 0)
+        eventually(lambda: not serving._core().protocol.inbox.senders)  # the goodbye was heard
+    assert set(calling.statistics().outcomes.values()) <= {0}
+
+
+def test_link_on_which_a_call_waits_is_kept_however_long_it_takes(make_node, background, eventually) -> None:
+    gate = threading.Event()
+    make_node().serve("clock", {"hold": lambda: gate.wait(20.0)})
+    calling = make_node(idle_timeout=0.2)
+    held = background(calling.call, "clock", "hold")
+    eventually(lambda: calling._core()._links)
+    link = only_link(calling)
+    eventually(lambda: link.ready)
+    looked = calling._core()._looked_for_idle
+    eventually(lambda: calling._core()._looked_for_idle > looked + 1.5, within=20.0)
+    assert link.ended is None
+    gate.set()
+    assert held.result() is True
+
+
+def test_no_call_fails_while_links_are_closed_under_it(make_node, background) -> None:
+    make_node().serve("clock", {"read": lambda: 1})
+    calling = make_node()
+    assert calling.call("clock", "read") == 1
+    engine = calling._core()
+    closed = 0
+    for _ in range(100):
+        call = background(calling.call, "clock", "read")
+        while not call.ended:
+            for link in list(engine._links.values()):
+                if link.ready and link.retire("for this test"):
+                    engine._lost(link.peer, link, "for this test", "idle")
+                    closed += 1
+        assert call.result() == 1
+    assert closed >= 20

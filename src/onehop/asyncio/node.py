@@ -153,13 +153,12 @@ class Node:
 
     async def nodes(self) -> list[Record]:
         """The records known now."""
-        engine = await self._core()
-        await engine.refresh()
-        return list(engine.records)
+        return list(await (await self._core()).known(""))
 
     async def servers(self, service: str | None = None) -> list[ServerView]:
         """The servers known now, of one service or of all."""
-        return servers_of(await self.nodes(), service, self.id)
+        engine = await self._core()
+        return servers_of(await engine.known(service or ""), service, self.id)
 
     async def wait_for(self, service: str, *, server: str = "", count: int = 1, timeout: float | None = None) -> bool:
         """Wait until at least ``count`` servers offer ``service`` (under the name ``server``, where given).
@@ -172,6 +171,7 @@ class Node:
         """
         engine = await self._core()
         until = monotonic() + (self.settings.timeout if timeout is None else timeout)
+        await engine.want(service, until)
         return await engine.wait_for(lambda: len(engine.protocol.routes.of(service, server)) >= count, until)
 
     def on_change(self, callback: Callable[[], None]) -> None:

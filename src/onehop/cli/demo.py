@@ -14,8 +14,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -27,11 +28,14 @@ from rich.text import Text
 
 from onehop import OnehopError, SettingsError
 from onehop.cli.console import FAILED, AsJson, complain, out, print_json, print_table
-from onehop.cli.demo_ledger import SERVERS, Ledger, Outage, percentile
+from onehop.cli.demo_ledger import AFTER_A_POWER_CUT, SERVERS, Ledger, Outage, percentile
+from onehop.testing.hosts import Host, Hosts, HostsUnavailable
 
 URL = "zmq:///demo"
+URL_OF_HOSTS = "zmq+hosts://{}/demo"
+HOSTS_IN_THE_URL = 3
 VICTIMS = ("conductor-2", "compute-3")
-KILL_CONDUCTOR, KILL_COMPUTE, RESTART_COMPUTE = 0.25, 0.4, 0.6
+KILL_CONDUCTOR, KILL_COMPUTE, POWER_OFF, RESTART_COMPUTE, POWER_ON = 0.25, 0.4, 0.45, 0.6, 0.7
 """When, as parts of the time of the load."""
 START_LIMIT, SETTLE_LIMIT, STOP_LIMIT = 30.0, 8.0, 5.0
 LOOK = 0.25
@@ -43,7 +47,20 @@ PROBLEMS_SHOWN = 10
 def demo(
     seconds: Annotated[float, typer.Option(min=2.0, help="How long the load lasts.")] = 12.0,
     rate: Annotated[float, typer.Option(min=1.0, help="What the API begins each second.")] = 80.0,
-    url: Annotated[str, typer.Option(help="The transport URL to run over.")] = URL,
+    url: Annotated[
+        str,
+        typer.Option(
+            metavar="URL", help=f"The transport URL to run over [default: {URL}; with --hosts zmq+hosts://...]."
+        ),
+    ] = "",
+    hosts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="NUMBER",
+            help="Run on so many test hosts, at least 3; needs root [default: this host alone].",
+        ),
+    ] = 0,
     compare: Annotated[
         str, typer.Option(metavar="URL", help="Run over this transport too, such as rabbit://guest:guest@127.0.0.1/.")
     ] = "",
@@ -53,13 +70,15 @@ def demo(
 
     They are unchanged oslo.messaging programs without a broker. A conductor and a compute are killed (SIGKILL), the
     compute is started again. Every message stands in a ledger, which has to add up: exit code 1 if it does not.
-    A broker that is compared with keeps the demo's queues (onehop-demo-...), empty.
+    With --hosts, the processes are spread over hosts with addresses of their own, and one of these is without power
+    for a while. A broker that is compared with keeps the demo's queues (onehop-demo-...), empty.
     """
-    urls = [checked(each) for each in (url, compare) if each]
     reports = []
-    with terminated_as_interrupted():
+    with terminated_as_interrupted(), ExitStack() as end:
+        machines = end.enter_context(open_hosts(hosts, compare)) if hosts else None
+        urls = [checked(each) for each in (url or default_url(machines), compare) if each]
         for each in urls:
-            with Cluster(each, rate) as cluster:
+            with Cluster(each, rate, machines) as cluster:
                 show = Quiet() if as_json else (Screen(cluster) if sys.stdout.isatty() else Lines(cluster))
                 with show:
                     reports.append(run(cluster, seconds, show))
@@ -72,6 +91,32 @@ def demo(
     if reports[0]["problems"]:
         complain(f"the ledger does not add up: {reports[0]['problems'][0]}")
         raise typer.Exit(FAILED)
+
+
+@contextmanager
+def open_hosts(number: int, compare: str) -> Iterator[Hosts]:
+    """So many test hosts.
+
+    Raises:
+        SettingsError: there cannot be, or not so many, or not with what else was asked for.
+    """
+    if number < HOSTS_IN_THE_URL:
+        raise SettingsError(f"--hosts is {number}; it must be {HOSTS_IN_THE_URL} or more: one of them loses its power")
+    if compare:
+        raise SettingsError("--hosts and --compare cannot be had together: no broker is reached from a test host")
+    with ExitStack() as end:
+        try:
+            machines = end.enter_context(Hosts(number))
+        except (HostsUnavailable, ValueError) as error:
+            raise SettingsError(f"--hosts {number} cannot be had: {error}") from error
+        yield machines
+
+
+def default_url(machines: Hosts | None) -> str:
+    """What the demo runs over where nothing else is asked for."""
+    if machines is None:
+        return URL
+    return URL_OF_HOSTS.format(",".join(each.address for each in machines[:HOSTS_IN_THE_URL]))
 
 
 def checked(url: str) -> str:
@@ -125,21 +170,24 @@ class Child:
 
     def __init__(self, cluster: Cluster, role: str, host: str) -> None:
         self.role, self.host = role, host
+        self.machine = cluster.machine_of(host)
         self.state = "starting"
         self.cpu = 0.0
         self._log = cluster.directory / f"{host}.log"
         zmq = cluster.url.startswith("zmq")
         prefix = "" if zmq else f"onehop-demo-{cluster.name}-"
         arguments = [role, host, cluster.url, prefix, str(cluster.directory), str(cluster.rate)]
+        start: Callable[..., subprocess.Popen[str]] = subprocess.Popen if self.machine is None else self.machine.start
+        here = {**os.environ, "ONEHOP_RUN_DIRECTORY": str(cluster.directory / "run")}
         with open(self._log, "ab") as log:
-            self.process = subprocess.Popen(
+            self.process = start(
                 # Not with -m: an exception's module must have its own name, for the caller to make it anew.
                 [sys.executable, "-c", "from onehop.cli.demo_roles import main; main()", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, "ONEHOP_RUN_DIRECTORY": str(cluster.directory / "run")},
+                env=here if self.machine is None else None,  # a test host has its own
                 start_new_session=True,
             )
         self.pid = self.process.pid
@@ -194,8 +242,8 @@ class Child:
 class Cluster:
     """The processes and the directory of one run; gone when the block ends, however it ends."""
 
-    def __init__(self, url: str, rate: float) -> None:
-        self.url, self.rate = url, rate
+    def __init__(self, url: str, rate: float, machines: Hosts | None) -> None:
+        self.url, self.rate, self.machines = url, rate, machines
         self.shown_url = re.sub("//[^/@]*@", "//", url)  # without its password
         self.name = secrets.token_hex(3)
         self.directory = Path(tempfile.mkdtemp(prefix="oh-demo-", dir="/tmp"))  # sockets need short paths
@@ -230,6 +278,14 @@ class Cluster:
         """The latest process of ``host``."""
         return next(child for child in reversed(self.children) if child.host == host)
 
+    def machine_of(self, host: str) -> Host | None:
+        """The test host on which ``host`` runs: servers by their number, all others on the last ones."""
+        if self.machines is None:
+            return None
+        role, _, number = host.partition("-")
+        last = {"api": 1, "scheduler": 2}.get(role)
+        return self.machines[-last if last else (int(number) - 1) % len(self.machines)]
+
     def kill(self, host: str) -> None:
         child = self.child(host)
         child.look()
@@ -238,6 +294,23 @@ class Cluster:
 
     def restart(self, host: str) -> None:
         self.children.append(Child(self, host.partition("-")[0], host))
+
+    def power_off(self, machines: Hosts) -> None:
+        """The first test host loses its power, and with it all that runs there."""
+        for child in self._on(machines[0]):
+            child.look()
+            self.outages.append(Outage(child.host, child.pid, time.monotonic(), unnoticed=AFTER_A_POWER_CUT))
+            child.state = "killed"
+        machines.power_off(machines[0])
+
+    def power_on(self, machines: Hosts) -> None:
+        """It has power again, and starts what ran there."""
+        machines.power_on(machines[0])
+        for child in self._on(machines[0]):
+            self.restart(child.host)
+
+    def _on(self, machine: Host) -> list[Child]:
+        return [self.child(host) for _, host in self._hosts if self.machine_of(host) is machine]
 
     def look(self) -> None:
         """Read the ledger on, and see who is back."""
@@ -276,7 +349,12 @@ def run(cluster: Cluster, seconds: float, show: Show) -> dict[str, Any]:
         (RESTART_COMPUTE, f"{compute} is started again", lambda: cluster.restart(compute)),
         (1.0, "the API begins nothing more; what is under way ends", lambda: api.tell("quiet")),
     ]
-    for part, what, act in steps:
+    if (machines := cluster.machines) is not None:
+        steps += [
+            (POWER_OFF, f"{machines[0].name} is without power", lambda: cluster.power_off(machines)),
+            (POWER_ON, f"{machines[0].name} has power again", lambda: cluster.power_on(machines)),
+        ]
+    for part, what, act in sorted(steps, key=itemgetter(0)):
         while time.monotonic() < started + part * seconds:
             time.sleep(max(0.0, min(LOOK, started + part * seconds - time.monotonic())))
             cluster.look()
@@ -339,8 +417,10 @@ def report(cluster: Cluster, load_seconds: float, cpu: float, seconds: float) ->
     killed = []
     for outage in cluster.outages:
         callers, slowest = ledger.heard(outage)
+        machine = cluster.machine_of(outage.host) if outage.unnoticed == AFTER_A_POWER_CUT else None
         killed.append({
-            "host": outage.host, "pid": outage.pid, "callers_told": callers, "slowest_ms": round(slowest * 1000, 1),
+            "host": outage.host, "pid": outage.pid, "without_power": machine and machine.name,
+            "callers_told": callers, "slowest_ms": round(slowest * 1000, 1),
             "back_after_seconds": None if outage.ended == float("inf") else round(outage.ended - outage.began, 2),
         })  # fmt: skip
     return {
@@ -459,7 +539,9 @@ def present(found: dict[str, Any]) -> None:
     for each in found["killed"]:
         back = each["back_after_seconds"]
         print(
-            f"{each['host']} (pid {each['pid']}) was killed; callers told that their outcome is unknown: "
+            f"{each['host']} (pid {each['pid']}) "
+            + (f"was on {each['without_power']}, which lost its power" if each["without_power"] else "was killed")
+            + f"; callers told that their outcome is unknown: "
             f"{each['callers_told']}, the last after {each['slowest_ms']:g} ms"
             + (f"; it was back after {back:g} s" if back else "")
         )

@@ -32,6 +32,8 @@ CALLS = ("call", "long")
 OUTCOMES = ANSWERED, RAISED, REFUSED, UNKNOWN = "answered", "raised", "refused", "unknown"
 BEFORE_A_KILL, AFTER_A_KILL = 1.0, 0.5
 """Seconds around a kill in which a message may have been in the hands of the process that was killed."""
+AFTER_A_POWER_CUT = 8.0
+"""Seconds, likewise, where the whole host went: nobody is told, and all notice by its silence, after 7 s at most."""
 GRACE = 2.0
 """Seconds that a caller may hear of its deadline late on a crowded machine."""
 
@@ -63,12 +65,16 @@ class Entry:
 
 
 class Outage(NamedTuple):
-    """A process that was killed: its host, its id, when, and when it was back (infinity: never)."""
+    """A process that was killed: its host, its id, when, and when it was back (infinity: never).
+
+    ``unnoticed``: seconds in which others may not know it yet.
+    """
 
     host: str
     pid: int
     began: float
     ended: float = float("inf")
+    unnoticed: float = AFTER_A_KILL
 
 
 class Line(NamedTuple):
@@ -222,8 +228,9 @@ class Ledger:
         service = outage.host.partition("-")[0]
         addressed = host == outage.host or (host in ("", entry.topic) and entry.topic.startswith(service))
         # A fan-out goes to those who are there, and a call to the one who is away waits for it.
-        until = outage.ended if entry.verb == "fanout" or (entry.verb in CALLS and entry.host) else outage.began
-        overlaps = entry.sent <= until + AFTER_A_KILL and max(entry.sent, entry.ended) >= outage.began - BEFORE_A_KILL
+        waits = entry.verb == "fanout" or (entry.verb in CALLS and entry.host)
+        until = max(outage.began + outage.unnoticed, outage.ended + AFTER_A_KILL if waits else 0.0)
+        overlaps = entry.sent <= until and max(entry.sent, entry.ended) >= outage.began - BEFORE_A_KILL
         return addressed and overlaps
 
 

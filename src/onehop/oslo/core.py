@@ -169,7 +169,8 @@ class Core:
             self._wake.clear()
             known: set[tuple[str, str]] = set()
             with contextlib.suppress(errors.OnehopError):  # the registry is away: look again
-                known = {(view.service, server) for view in self.node.servers() for server in (view.server, "")}
+                for service in {service for service, _server in list(self.held)}:
+                    known |= {(service, server) for view in self.node.servers(service) for server in (view.server, "")}
             for address in list(self.held):
                 while self._deliver_first(address, present=address in known):
                     pass

@@ -326,7 +326,7 @@ class Inbox:
                 window = self._windows[hello.node] = Window(self.reach, hello.first)
             if known is None:
                 self.senders[identity] = Sender(hello.node, hello.host, window, now)
-        self.outgoing.append((identity, wire.hello(self.answer, is_answer=True)))
+        self.outgoing.append((identity, wire.hello(self.answer, is_answer=True, place=len(self.senders))))
 
     def _request(
         self,

@@ -26,6 +26,7 @@ class NodeProtocol:
         messages, size: room of the inbox.
         window_messages, window_bytes: room of each link.
         reach: of the duplicate windows.
+        subset: of a service's peers, how many a request may go to that names no server.
     """
 
     def __init__(
@@ -41,19 +42,20 @@ class NodeProtocol:
         window_messages: int = 4096,
         window_bytes: int = 1 << 26,
         reach: int = 4096,
+        subset: int = 12,
     ) -> None:
         self.id = node
         self.host = host
         self.realm = realm
         self.release = release
         self.peers = PeerTable(node, random)
-        self.routes = Routes()
+        self.routes = Routes(subset)
         self.inbox = Inbox(node, realm=realm, host=host, messages=messages, size=size, reach=reach, release=release)
         self._window = (window_messages, window_bytes)
 
-    def learn(self, records: Iterable[RecordLike]) -> None:
+    def learn(self, records: Iterable[RecordLike], now: float = 0.0) -> None:
         """Take in a registry's whole view."""
-        self._update(self.peers.learn(records))
+        self._update(self.peers.learn(records, now))
 
     def _update(self, peers: list[Peer]) -> None:
         if peers:
@@ -88,6 +90,7 @@ class NodeProtocol:
                 raise ProtocolError(
                     f"the address of node {peer.id.hex()} answers as node {hello.node.hex()} of realm {hello.realm!r}"
                 )
+            peer.place = head.number
             return self.peers.event(peer, states.HELLO, now)
         if head.kind == wire.GOODBYE:
             if self.peers.event(peer, states.GOODBYE, now):
@@ -98,10 +101,14 @@ class NodeProtocol:
             raise WireError(f"kind {head.kind} does not go from a server to a caller")
         return False
 
-    def lost(self, peer: Peer, why: str, now: float) -> list[Call]:
-        """The connection to ``peer`` ended: its calls end as LOST; returns them."""
+    def lost(self, peer: Peer, why: str, now: float, event: str = states.LOST) -> list[Call]:
+        """The connection to ``peer`` ended: its calls end as LOST; returns them.
+
+        Args:
+            event: REPLACED where another node answered at its address, IDLE where it was not used.
+        """
         calls = peer.calls.lose(why)
-        self.peers.event(peer, states.LOST, now)
+        self.peers.event(peer, event, now)
         self._update([peer])
         return calls
 

@@ -7,6 +7,7 @@ in this file. Called under the engine's node lock.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from hashlib import blake2b
 from itertools import count
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ KNOWN = "known"  # its record is known; there is no connection
 CONNECTING = "connecting"  # hello sent, not answered
 READY = "ready"  # hello answered: it is the node the record names
 DRAINING = "draining"  # it said goodbye: finishes what it took, takes nothing new
-RESTING = "resting"  # the last connection failed; tried again after a pause
+RESTING = "resting"  # the last connection failed, or it came back and it is others' turn; tried after a pause
 GONE = "gone"  # no record and no connection. A peer that returns is a new peer, with a new id
 
 # Events.
@@ -25,13 +26,16 @@ CONNECT = "connect"
 HELLO = "hello"
 GOODBYE = "goodbye"
 LOST = "lost"
+IDLE = "idle"
+REPLACED = "replaced"
+HELD_BACK = "held back"
 RESTED = "rested"
 FORGOTTEN = "forgotten"
 
 TRANSITIONS: dict[str, dict[str, str]] = {
-    KNOWN: {CONNECT: CONNECTING, FORGOTTEN: GONE},
-    CONNECTING: {HELLO: READY, LOST: RESTING, GOODBYE: DRAINING},
-    READY: {GOODBYE: DRAINING, LOST: RESTING},
+    KNOWN: {CONNECT: CONNECTING, HELD_BACK: RESTING, FORGOTTEN: GONE},
+    CONNECTING: {HELLO: READY, LOST: RESTING, REPLACED: RESTING, GOODBYE: DRAINING},
+    READY: {GOODBYE: DRAINING, LOST: RESTING, IDLE: KNOWN},
     DRAINING: {LOST: GONE},
     RESTING: {RESTED: KNOWN, FORGOTTEN: GONE},
     GONE: {},
@@ -39,8 +43,20 @@ TRANSITIONS: dict[str, dict[str, str]] = {
 USABLE = frozenset((KNOWN, CONNECTING, READY))
 """The states in which a peer is a route."""
 
+NEVER = float("-inf")
 FIRST_PAUSE = 0.2
 LONGEST_PAUSE = 10.0
+"""Seconds; the bound of the pause after a failure doubles from the first to the longest."""
+RETURNS_A_SECOND = 200
+"""How many callers of one server connect again in a second after all of them lost it, or it started anew."""
+SHORTEST_TURN = 0.25
+"""Seconds; who need not wait longer for his turn does not wait: so few are no crowd."""
+LONGEST_TURN = 60.0
+"""Seconds that the last of a crowd waits for his turn, at most."""
+HEIRS_AFTER = 60.0
+"""Seconds after a loss in which a new peer under the name of the lost server is the same server, started anew."""
+REPLACED_PAUSE = 60.0
+"""Seconds until a record is tried again at whose address another node has answered."""
 
 
 class RecordLike(Protocol):
@@ -58,6 +74,8 @@ class RecordLike(Protocol):
     def services(self) -> dict[str, tuple[str, ...]]: ...
     @property
     def idempotent(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def relay(self) -> bool: ...
 
 
 class Peer:
@@ -66,14 +84,29 @@ class Peer:
     Attributes:
         record: the latest said of it; None once the registry has none.
         calls: calls under way to it; a new table for each connection, the numbers going on.
+        distance: from this node, for choosing a subset: each node has its own order of all peers.
         link: the engine's connection object, or None.
+        place: how many connections the peer had with our last one, as it said; 0 where it has not.
         offered: its routes in the present picture.
     """
 
-    __slots__ = ("calls", "failures", "id", "link", "numbers", "offered", "record", "rested_at", "state")
+    __slots__ = (
+        "calls",
+        "distance",
+        "failures",
+        "id",
+        "link",
+        "numbers",
+        "offered",
+        "place",
+        "record",
+        "rested_at",
+        "state",
+    )
 
-    def __init__(self, id: bytes, record: RecordLike | None, first: int = 1) -> None:
+    def __init__(self, id: bytes, record: RecordLike | None, first: int = 1, *, distance: bytes = b"") -> None:
         self.id = id
+        self.distance = distance
         self.record = record
         self.state = KNOWN
         self.numbers = count(first)
@@ -82,7 +115,13 @@ class Peer:
         self.link: Any = None
         self.offered: tuple[Any, ...] = ()
         self.failures = 0
+        self.place = 0
         self.rested_at = 0.0
+
+    @property
+    def turn(self) -> float:
+        """Seconds after which it is this node's turn, where all who were connected to the peer return at once."""
+        return min(self.place / RETURNS_A_SECOND, LONGEST_TURN)
 
 
 class PeerTable:
@@ -97,14 +136,16 @@ class PeerTable:
         self.node = node
         self.peers: dict[bytes, Peer] = {}
         self.resting: dict[bytes, Peer] = {}
-        self._random = random
+        self.random = random
         self._highest = 0
+        self._lost: dict[tuple[str, str], tuple[float, float]] = {}  # what was lost: until when it counts, our turn
         self._view: dict[str, RecordLike] = {}
 
-    def learn(self, records: Iterable[RecordLike]) -> list[Peer]:
+    def learn(self, records: Iterable[RecordLike], now: float = 0.0) -> list[Peer]:
         """Take in the whole view of a registry; returns the peers of which something changed.
 
         A peer without a record is no route any more, but keeps its connection: what it took it may still answer.
+        One that comes in the place of a lost one is held back until it is our turn.
         """
         before, self._view = self._view, {record.node: record for record in records if record.endpoints}
         changed = []
@@ -113,38 +154,82 @@ class PeerTable:
                 continue  # most records of a view are those of the last one: nothing to look at
             id = _node_id(node)
             if id is not None:
-                peer = self.peers.get(id)
-                if peer is None:
-                    peer = self.peers[id] = Peer(id, None, self._highest + 1)
-                peer.record = record
+                peer = self._meet(id)
+                is_new, peer.record = peer.record is None, record
+                if is_new:
+                    self._hold_back(peer, record, now)
                 changed.append(peer)
         for node in [node for node in before if node not in self._view]:
-            peer = self.peers.get(_node_id(node) or b"")
-            if peer is not None:
-                peer.record = None
-                self.event(peer, FORGOTTEN)
-                changed.append(peer)
+            gone = self.peers.get(_node_id(node) or b"")
+            if gone is not None:
+                gone.record = None
+                self.event(gone, FORGOTTEN)
+                changed.append(gone)
         return changed
+
+    def introduce(self, record: RecordLike) -> Peer:
+        """The peer of ``record``, of which another node tells, and which names no service.
+
+        Where the registry does not tell of it too, it is forgotten when its connection ends.
+        """
+        peer = self._meet(bytes.fromhex(record.node))
+        if peer.state == KNOWN and peer.record is None:
+            peer.record = record
+        return peer
+
+    def _meet(self, id: bytes) -> Peer:
+        peer = self.peers.get(id)
+        if peer is None:
+            distance = blake2b(self.node + id, digest_size=8).digest()
+            peer = self.peers[id] = Peer(id, None, self._highest + 1, distance=distance)
+        return peer
+
+    def _hold_back(self, peer: Peer, record: RecordLike, now: float) -> None:
+        """If ``peer`` is a lost server started anew: those who lost it come back one after the other."""
+        if not self._lost:
+            return
+        self._lost = {name: entry for name, entry in self._lost.items() if entry[0] > now}
+        names = [(service, server) for service, servers in record.services.items() for server in servers]
+        turn = max((self._lost[name][1] for name in names if name in self._lost), default=0.0)
+        if turn >= SHORTEST_TURN:
+            peer.rested_at = now + turn
+            self.event(peer, HELD_BACK, now)
+
+    def expected(self, service: str, server: str) -> float:
+        """When a peer that is held back, and offers this, may be tried; NEVER where there is none."""
+        return min(
+            (
+                peer.rested_at
+                for peer in self.resting.values()
+                if not peer.failures
+                and peer.record is not None
+                and (server in peer.record.services.get(service, ()) if server else service in peer.record.services)
+            ),
+            default=NEVER,
+        )
 
     def event(self, peer: Peer, event: str, now: float = 0.0) -> bool:
         """Apply ``event``; False when the peer's state does not know it, and nothing changed."""
         state = TRANSITIONS[peer.state].get(event)
         if state is None:
             return False
+        was_ready = peer.state == READY
         peer.state = state
         if state == READY:
             peer.failures = 0
         elif state == RESTING:
-            # Full jitter, so that those who lost one peer together do not return together.
-            peer.failures += 1
-            peer.rested_at = now + self._random() * min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(peer.failures, 10))
-            if peer.record is None:
-                peer.state = GONE
+            if event == LOST:
+                self._lose(peer, was_ready, now)
+            elif event == REPLACED:
+                peer.failures += 1
+                peer.rested_at = now + REPLACED_PAUSE
+        if event in (LOST, REPLACED, IDLE) and (peer.record is None or not peer.record.services):
+            peer.state = GONE
         if peer.state == RESTING:
             self.resting[peer.id] = peer
         else:
             self.resting.pop(peer.id, None)
-        if event in (LOST, FORGOTTEN):
+        if event in (LOST, REPLACED, FORGOTTEN, IDLE):
             old = peer.calls
             peer.calls = CallTable(peer.numbers, messages=old.messages, large_bytes=old.large_bytes)
             peer.calls.last, peer.calls.late = old.last, old.late
@@ -154,6 +239,22 @@ class PeerTable:
             self._highest = max(self._highest, peer.calls.last + peer.calls.messages)
             self.peers.pop(peer.id, None)
         return True
+
+    def _lose(self, peer: Peer, was_ready: bool, now: float) -> None:
+        """Say when ``peer`` may be tried again: those who lost it together must not return together.
+
+        First in the order in which they came, so that they are back soon and never a crowd; and with full jitter, more
+        and more of it, as long as that fails.
+        """
+        peer.failures += 1
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(peer.failures, 10))
+        if was_ready:
+            peer.rested_at = now + peer.turn + self.random() * pause
+            if peer.turn and peer.record is not None:
+                for service, servers in peer.record.services.items():
+                    self._lost |= {(service, server): (now + HEIRS_AFTER, peer.turn) for server in servers}
+        else:
+            peer.rested_at = now + self.random() * max(pause, 2 * peer.turn)
 
     def handle_timer(self, now: float) -> list[Peer]:
         """Let peers that have rested be tried again; returns them."""

@@ -7,7 +7,8 @@ reads it without a lock.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from heapq import nsmallest
 from typing import NamedTuple
 
 from onehop.protocol.peers import USABLE, Peer
@@ -33,14 +34,17 @@ class Routes:
     """Service, or service and server, to routes, in a stable order: by node id, then as in the record.
 
     Args:
+        subset: of a service's peers, how many a request may go to that names no server.
         by_service: each in that order.
     """
 
-    __slots__ = ("_by_server", "by_service")
+    __slots__ = ("_by_server", "_near", "by_service", "subset")
 
-    def __init__(self, by_service: dict[str, tuple[Route, ...]] | None = None) -> None:
+    def __init__(self, subset: int = 12, by_service: dict[str, tuple[Route, ...]] | None = None) -> None:
+        self.subset = subset
         self.by_service = by_service or {}
         self._by_server: dict[tuple[str, str], tuple[Route, ...]] = {}
+        self._near: dict[str, tuple[Route, ...]] = {}
 
     def of(self, service: str, server: str = "") -> tuple[Route, ...]:
         """All routes to ``service``; only those to ``server`` where one is named, never another's."""
@@ -53,6 +57,33 @@ class Routes:
             if named:  # kept as it is asked for: most services are never addressed by server
                 self._by_server[service, server] = named
         return named
+
+    def candidates(self, service: str, server: str = "") -> tuple[Route, ...]:
+        """Where a request may go: to the server it names; or to some of the service's peers, always the same.
+
+        Each node has a subset of its own, so that N callers and M servers need N x ``subset`` connections and not
+        N x M. By rendezvous hashing: a peer that comes or goes moves nothing but its own share.
+        """
+        if server:
+            return self.of(service, server)
+        near = self._near.get(service)
+        if near is None:
+            near = self.by_service.get(service, ())
+            peers = {route.peer.id: route.peer for route in near}
+            if len(peers) > self.subset:
+                chosen = {peer.id for peer in nsmallest(self.subset, peers.values(), key=_distance)}
+                near = tuple(route for route in near if route.peer.id in chosen)
+            if near:
+                self._near[service] = near
+        return near
+
+    def untried(self, service: str, server: str, tried: Sequence[Route]) -> tuple[Route, ...]:
+        """Of the candidates those not ``tried``; where each was, the same of all that the service has."""
+        near = self.candidates(service, server)
+        if not tried:
+            return near
+        everyone = self.of(service, server)
+        return tuple(each for each in near if each not in tried) or tuple(e for e in everyone if e not in tried)
 
     def distinct(self, service: str, server: str = "") -> tuple[Route, ...]:
         """As :meth:`of`, each (peer, server) once: whom a fan-out addresses."""
@@ -80,11 +111,15 @@ class Routes:
                 table[service] = tuple(routes)
             else:
                 del table[service]
-        return Routes(table)
+        return Routes(self.subset, table)
 
 
 def _node_id(route: Route) -> bytes:
     return route.peer.id
+
+
+def _distance(peer: Peer) -> bytes:
+    return peer.distance
 
 
 def choose(routes: tuple[Route, ...], turn: int) -> Route:

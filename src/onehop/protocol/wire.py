@@ -275,13 +275,16 @@ def is_final(frame: bytes) -> bool:
     return kind_of(frame) == GOODBYE and frame[1] & FINAL != 0
 
 
-def hello(content: Hello, *, is_answer: bool = False) -> bytes:
+def hello(content: Hello, *, is_answer: bool = False, place: int = 0) -> bytes:
     """A HELLO (wire 3.1), or the answer to one.
+
+    Args:
+        place: in an answer: how many connections there are with this one.
 
     Raises:
         WireError: a field is longer than 65,535 bytes.
     """
-    head = HEADER.pack(HELLO, ANSWER if is_answer else 0, 0, 0, 0)
+    head = HEADER.pack(HELLO, ANSWER if is_answer else 0, 0, place, 0)
     version, oldest, features, first = content.version, content.oldest, content.features, content.first
     fixed = _HELLO.pack(version, oldest, 0, features, first, content.node, content.expected)
     texts = [text.encode("utf-8", "replace") for text in (content.host, content.realm, content.release)]

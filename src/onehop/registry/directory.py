@@ -23,12 +23,12 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
 import msgspec
 
-from onehop.addresses import listening_address, resolve
+from onehop.addresses import listening_address
 from onehop.errors import OnehopError
 from onehop.interfaces import Record
 from onehop.registry.lines import ALIVE, Broken, Line, Loop
@@ -120,6 +120,12 @@ def trimmed(record: Record | None, services: Iterable[str]) -> Record | None:
         return record if offered else None
     idempotent = {name: methods for name, methods in record.idempotent.items() if name in offered}
     return msgspec.structs.replace(record, services=offered, idempotent=idempotent) if offered else None
+
+
+def resolve(host: str, port: int) -> list[IPv4Address | IPv6Address]:
+    """The addresses that ``host`` means now. Waits for the system's resolver. Raises OSError where it means none."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(ip_address(str(each[4][0])) for each in found))
 
 
 def understood(decoder: msgspec.json.Decoder[Any], line: bytes) -> Any:
@@ -302,6 +308,13 @@ class Directory(Loop):
         self._most = 0
         self._push_at = self._sweep_at = 0.0
 
+    def is_meant_by(self, address: IPv4Address | IPv6Address) -> bool:
+        """Whether that address of a listed host is ours: the name of a host often means one of loopback there."""
+        if self.address is None:
+            return False
+        own = ip_address(self.address)
+        return address == own or (address.is_loopback and not (self._settings.address and own.is_loopback))
+
     @property
     def is_held(self) -> bool:
         """Whether this process holds the port."""
@@ -385,15 +398,9 @@ class Directory(Loop):
         try:
             servers = self._towards()
             self.address = listening_address(self._settings, servers)
-            self._port = _own_port(self.address, servers)
+            self._port = self._own_port(servers)
         except OnehopError as error:
-            self._warn(f"this host has no directory: {error}")
-            return
-        if not (self._settings.insecure or ip_address(self.address).is_loopback):
-            self._warn(
-                f"this process does not listen at {self.address}, port {self._port}, for other hosts: who reached it "
-                f"could write to the directory; set insecure = true (ONEHOP_INSECURE=1) where all who can are trusted"
-            )
+            self._warn(f"this process does not keep the directory of its host: {error}")
             return
         try:
             first = _listener(self.address, self._port)
@@ -412,6 +419,14 @@ class Directory(Loop):
         self._most = min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._problem = ""
         _log.info("this process holds the directory of its host, at %s, port %d", self.address, self._port)
+
+    def _own_port(self, servers: Sequence[tuple[str, int]]) -> int:
+        """Where to listen: the port that the list has for this host; for one that is not listed the first of all."""
+        for host, port in servers:
+            with suppress(OSError):  # a name that means nothing now is not ours
+                if any(map(self.is_meant_by, resolve(host, port))):
+                    return port
+        return servers[0][1]
 
     def _follow(self, address: str) -> None:
         self._in_vain += 1
@@ -616,16 +631,6 @@ def _listener(address: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-def _own_port(address: str, servers: Sequence[tuple[str, int]]) -> int:
-    """Where to listen: the port that the list has for this host; for one that is not listed the first of all."""
-    for host, port in servers:
-        with suppress(OSError):  # a name that means nothing now is not ours
-            found = resolve(host, port)
-            if ip_address(address) in found or (found[0].is_loopback and not ip_address(address).is_loopback):
-                return port
-    return servers[0][1]
 
 
 # --- one for the nodes of a process ---

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from onehop.addresses import resolve
-from onehop.errors import RegistryError, SettingsError
+from onehop.addresses import listening_ports
+from onehop.errors import RegistryError
 from onehop.interfaces import Deliver, Record, Registry
 from onehop.registry import urls
 from onehop.registry.directory import (
@@ -40,6 +40,7 @@ from onehop.registry.directory import (
     join,
     line_of,
     part,
+    resolve,
     trimmed,
     understood,
 )
@@ -81,14 +82,12 @@ class HostsRegistry(Registry):
     """
 
     def __init__(self, settings: Settings, url: str) -> None:
-        port = settings.ports.partition("-")[0]
-        if not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
-            raise SettingsError(f"ports is {settings.ports!r}; it must look like 9501-9564")
+        port = listening_ports(settings.ports)[0]
         self._settings, self._url = settings, url
         if url.lower().startswith("file:"):
-            self._list: HostsList = HostsFile(url, int(port))
+            self._list: HostsList = HostsFile(url, port)
         else:
-            self._list = HostsList(urls.parse(url, int(port)).servers)
+            self._list = HostsList(urls.parse(url, port).servers)
         self._local = LocalRegistry(settings)
         self._watcher: _Watcher | None = None
         self._wanted: set[str] = set()
@@ -443,11 +442,9 @@ class _Watcher(Loop):
         if isinstance(found, OSError):
             raise Broken(f"its name means no address: {found.strerror}")
         address = found[link.tries % len(found)]
-        own = self.directory.address
-        link.is_own = str(address) == own
-        if own is not None and address.is_loopback and not ip_address(own).is_loopback:
-            # A host's own name often means an address of loopback there, at which nobody listens.
-            link.is_own, address = True, ip_address(own)
+        link.is_own = self.directory.is_meant_by(address)
+        if link.is_own and self.directory.address:
+            address = ip_address(self.directory.address)
         link.address = address
         try:
             connection = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)

@@ -145,7 +145,7 @@ class LeasedRegistry(Registry):
     def skipped(self) -> dict[str, str]:
         """Keys whose values are not records, as ``service/node id``, with what is wrong with each."""
         keeper = self._kept()
-        return {} if keeper is None else dict(keeper.view.skipped)
+        return {} if keeper is None else keeper.skipped()
 
     def announce(self, record: Record) -> None:
         if problem := node_problem(record.node):
@@ -312,6 +312,10 @@ class _Keeper:
             patience = max(0.0, deadline - time.monotonic())
             self._state.wait_for(lambda: self._is_delivered(service) or self._closing, patience)
             return self._is_delivered(service)
+
+    def skipped(self) -> dict[str, str]:
+        with self._state:
+            return self.view.skipped
 
     def deliver_to(self, deliver: Deliver) -> None:
         """Deliver to this from now on: first what is known at this moment."""

@@ -51,14 +51,13 @@ class View:
         lease: the length of a lease, in seconds.
 
     Attributes:
-        skipped: keys whose values are not records, as ``service/node id``, with what is wrong with each.
         versions: how often what is known of a service has changed; the empty name stands for all services.
     """
 
     def __init__(self, lease: float) -> None:
-        self.skipped: dict[str, str] = {}
         self.versions: dict[str, int] = {}
         self._lease = lease
+        self._skipped: dict[Key, str] = {}
         self._continuous_since: float | None = None
         self._nodes: dict[str, dict[str, Record]] = {}  # by node and service; the newest comes last
         self._merged: dict[str, Record] = {}  # of nodes with several services
@@ -80,19 +79,21 @@ class View:
     def put(self, service: str, node: str, value: bytes, now: float) -> None:
         """This is the key's value. What is no record is skipped, with one warning, as if the key were missing."""
         found = _decoded(service, node, value)
-        name = f"{service}/{node}"
+        key = service, node
         if isinstance(found, Record):
-            self.skipped.pop(name, None)
+            self._skipped.pop(key, None)
             self._keep(service, node, found)
             return
-        if name not in self.skipped:
-            _log.warning("the registry's value of %s is not a node's record and is skipped: %s", name, found)
-        self.skipped[name] = found
-        self._doubt((service, node), now)
+        if key not in self._skipped:
+            _log.warning(
+                "the registry's value of %s/%s is not a node's record and is skipped: %s", service, node, found
+            )
+        self._skipped[key] = found
+        self._doubt(key, now)
 
     def gone(self, service: str, node: str, now: float, *, withdrawn: bool = False) -> None:
         """The key is no more; ``withdrawn``: its node took it away."""
-        self.skipped.pop(f"{service}/{node}", None)
+        self._skipped.pop((service, node), None)
         if withdrawn:
             self._drop((service, node))
         else:
@@ -103,7 +104,7 @@ class View:
         for key, value in values.items():
             self.put(*key, value, now)
         missing = [key for key in self._keys(service) if key not in values]
-        missing += [key for key in map(_key, self.skipped) if service in ("", key[0]) and key not in values]
+        missing += [key for key in self._skipped if service in ("", key[0]) and key not in values]
         for key in missing:
             self.gone(*key, now)
 
@@ -115,6 +116,11 @@ class View:
                     self._keep(service, record.node, _shared(record))
 
     # --- what is known ---
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Keys whose values are not records, as ``service/node id``, with what is wrong with each."""
+        return {f"{service}/{node}": problem for (service, node), problem in self._skipped.items()}
 
     def records(self) -> tuple[Record, ...]:
         """All known nodes, by node id. What has not changed is the same object as before; so is the whole."""
@@ -131,9 +137,10 @@ class View:
         since = self._continuous_since
         if since is None:
             return
-        lately = now - self._lease
-        self._doubted_lately = {key: at for key, at in self._doubted_lately.items() if at > lately}
         open_ = [key for key, doubt in self._doubts.items() if not doubt.held]
+        # Reckoned from the doubts, not from now: this may be called late, and they belong together all the same.
+        lately = min((self._doubts[key].since for key in open_), default=now) - self._lease
+        self._doubted_lately = {key: at for key, at in self._doubted_lately.items() if at > lately}
         if any(now >= self._deadline(self._doubts[key], since) for key in open_):
             mass = self._is_mass()
             for key in open_:
@@ -208,11 +215,6 @@ class View:
             idempotent = {name: names for each in services for name, names in each.idempotent.items()}
             self._merged[node] = msgspec.structs.replace(newest, services=offered, idempotent=idempotent)
         return self._merged[node]
-
-
-def _key(name: str) -> Key:
-    service, _, node = name.rpartition("/")
-    return service, node
 
 
 def node_problem(node: str) -> str:

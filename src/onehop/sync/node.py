@@ -132,14 +132,12 @@ class Node:
 
     def nodes(self) -> list[Record]:
         """The records known now."""
-        engine = self._core()
-        engine.registry.refresh()
-        return list(engine.records)
+        return list(run(self._core().known("")))
 
     def servers(self, service: str | None = None) -> list[ServerView]:
         """The servers known now, of one service or of all."""
-        own = self._core().protocol.id.hex()
-        return servers_of(self.nodes(), service, own)
+        engine = self._core()
+        return servers_of(run(engine.known(service or "")), service, engine.protocol.id.hex())
 
     def wait_for(self, service: str, *, server: str = "", count: int = 1, timeout: float | None = None) -> bool:
         """Wait until at least ``count`` servers offer ``service`` (under the name ``server``, where given).
@@ -152,6 +150,7 @@ class Node:
         """
         engine = self._core()
         until = monotonic() + (self.settings.timeout if timeout is None else timeout)
+        run(engine.want(service, until))
         return run(engine.wait_for(lambda: len(engine.protocol.routes.of(service, server)) >= count, until))
 
     def on_change(self, callback: Callable[[], None]) -> None:

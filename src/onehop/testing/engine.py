@@ -25,12 +25,14 @@ from onehop.errors import (
     WireError,
 )
 from onehop.interfaces import Record
+from onehop.protocol import peers as states
 from onehop.protocol import wire
 from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, Call
 from onehop.protocol.inbox import Request
 from onehop.protocol.node import NodeProtocol
 from onehop.protocol.peers import RESTING, Peer
 from onehop.protocol.routes import Route, choose
+from onehop.protocol.tree import SERVICE
 from onehop.testing.clock import Clock, Task, Waiting
 from onehop.testing.invariants import (
     CRASHED,
@@ -44,12 +46,13 @@ from onehop.testing.invariants import (
     Invariants,
     Trace,
 )
-from onehop.testing.network import Link, Network, VirtualRegistry
+from onehop.testing.link import EngineLink
+from onehop.testing.network import Network, VirtualRegistry
+from onehop.testing.tree import VirtualTree
 
 HANDSHAKE = 5.0
 TICK = 0.1
 SLOW_TICK = 0.5
-STUCK = 0.02
 PROBES = 20.0
 """Seconds, as in the real engine; PROBES is how often silent connections are looked for."""
 
@@ -104,99 +107,6 @@ class _Attempt:
         self.pause = 0.05
 
 
-class EngineLink:
-    """One connection to one peer; see ``transport.link.Link``."""
-
-    __slots__ = (
-        "bad_frames",
-        "began",
-        "calls",
-        "ended",
-        "engine",
-        "error",
-        "hello",
-        "out",
-        "peer",
-        "socket",
-        "waiters",
-    )
-
-    def __init__(self, engine: VirtualEngine, peer: Peer, socket: Link, began: float) -> None:
-        self.engine = engine
-        self.peer = peer
-        self.socket = socket
-        self.calls = peer.calls
-        self.began = began
-        self.ended: str | None = None
-        self.error: Exception | None = None
-        self.bad_frames = 0
-        self.hello = Call(wire.HELLO)
-        self.out: deque[tuple[Call | None, wire.Frame]] = deque()
-        self.waiters: list[Task] = []
-        self.calls.pending[0] = self.hello
-        socket.reader = self.receive
-        socket.on_ended = self._on_ended
-
-    def post(self, call: Call | None, frame: wire.Frame) -> None:
-        """Send ``frame``, now or when there is room."""
-        self.out.append((call, frame))
-        if len(self.out) == 1:
-            self.send()
-
-    def send(self, _: None = None) -> None:
-        """Send what is queued."""
-        out = self.out
-        while out:
-            call, frame = out[0]
-            if self.ended is None and (call is None or (call.outcome is None and not call.given_up)):
-                if not self.socket.send(frame):
-                    self.engine.clock.after(STUCK, self.send)
-                    return
-                if call is not None:
-                    call.sent = True
-            out.popleft()
-
-    def receive(self, frame: bytes, body: bytes | None) -> None:
-        """A message arrived."""
-        engine = self.engine
-        if engine.dead or self.ended is not None:
-            return
-        engine.trace.step(frame[0], engine.index, -1 - self.socket.opened_to, int.from_bytes(frame[8:16], "little"))
-        try:
-            moved: list[Call] = []
-            if self.calls.receive(frame, body, moved):
-                for call in moved:
-                    if call.waiter is not None:
-                        call.waiter.resume()
-                if self.hello.outcome is not None and self.waiters:
-                    self.wake()
-            else:
-                engine.control(self, frame)
-        except WireError:
-            self.bad_frames += 1
-
-    def answered(self) -> None:
-        """The hello was answered as it should."""
-        self.calls.pending.pop(0, None)
-        self.hello.outcome = REPLIED
-        self.wake()
-
-    def wake(self) -> None:
-        """Let those who wait for the hello look."""
-        waiters, self.waiters = self.waiters, []
-        for task in waiters:
-            task.resume()
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests may go."""
-        return self.hello.outcome == REPLIED and self.ended is None
-
-    def _on_ended(self, why: str) -> None:
-        if not self.engine.dead:
-            self.engine.lost(self, why)
-
-
 class VirtualEngine:
     """One process: the core of a node and what drives it, from its start to its end.
 
@@ -205,6 +115,7 @@ class VirtualEngine:
         offers: what it serves.
         room: requests its inbox takes.
         window: requests under way to one peer.
+        fanout_direct, relay: see :class:`onehop.settings.Settings`.
     """
 
     def __init__(
@@ -215,11 +126,15 @@ class VirtualEngine:
         *,
         room: int = 10_000,
         window: int = 4096,
+        fanout_direct: int = 2_000,
+        relay: bool = True,
     ) -> None:
         self.clock, self.network, self.registry, self.invariants, self.trace = surroundings
         self.index = index
         self.room = room
         self.window = window
+        self.fanout_direct = fanout_direct
+        self.relay = relay
         self.dead = False
         self.closed = False
         self.draining = False
@@ -242,6 +157,7 @@ class VirtualEngine:
         endpoint = f"virtual://{index}/{self.protocol.id.hex()}"
         self.inbound = self.network.bind(index, endpoint)
         self.inbound.reader = self._take
+        self.tree = VirtualTree(self)
         self.endpoint = endpoint
 
     def start(self) -> None:
@@ -252,11 +168,12 @@ class VirtualEngine:
             offer = target.offer
             self.protocol.inbox.offer(offer.service, offer.server, target)
             services[offer.service] = (*services.get(offer.service, ()), offer.server)
+        if services and self.relay:
+            self.protocol.inbox.offer(SERVICE, "", self.tree)
         if services:
+            id, host = self.protocol.id.hex(), self.protocol.host
             self.registry.announce(
-                Record(
-                    node=self.protocol.id.hex(), host=self.protocol.host, endpoints=(self.endpoint,), services=services
-                )
+                Record(node=id, host=host, endpoints=(self.endpoint,), services=services, relay=self.relay)
             )
         self._plan(self.clock.now + PROBES)
 
@@ -264,10 +181,12 @@ class VirtualEngine:
         """The registry has a new view."""
         self.trace.step(TOLD, self.index, 0, len(records))
         before = self.protocol.routes
-        self.protocol.learn(records)
+        self.protocol.learn(records, self.clock.now)
         self._routes_may_have_changed(before)
         if self.links:
             self._plan(self.clock.now + SLOW_TICK)
+        for peer in self.protocol.peers.resting.values():
+            self._plan(peer.rested_at)
 
     def _routes_may_have_changed(self, before: object) -> None:
         if self._changed and self.protocol.routes is not before:
@@ -292,7 +211,7 @@ class VirtualEngine:
         link.post(link.hello, hello)
         return link
 
-    def _connect(self, peer: Peer, until: float, task: Task) -> Generator[float, None, EngineLink | OnehopError]:
+    def connect(self, peer: Peer, until: float, task: Task) -> Generator[float, None, EngineLink | OnehopError]:
         link = self._begin_link(peer)
         if not isinstance(link, EngineLink):
             return link
@@ -304,10 +223,12 @@ class VirtualEngine:
             return link
         if link.hello.outcome is None and self.clock.now >= until:
             return CallTimeout("the hello was not answered before the deadline", executed="no")
-        why = link.ended or "it did not answer the hello"
+        why, event = link.ended or "it did not answer the hello", states.LOST
         if link.hello.outcome == REJECTED:
             why = "{}: {}".format(*link.hello.body)
-        self.lost(link, why)
+            if link.hello.body[0] == "wrong node":
+                event = states.REPLACED
+        self.lost(link, why, event=event)
         return PeerLost(f"no connection to node {peer.id.hex()}: {link.error or why}", executed="no")
 
     def control(self, link: EngineLink, frame: bytes) -> None:
@@ -320,7 +241,7 @@ class VirtualEngine:
             raise
         except ProtocolError as error:
             link.error = error
-            self.lost(link, str(error))
+            self.lost(link, str(error), event=states.REPLACED)
             return
         for call in ended:
             if call.waiter is not None:
@@ -329,7 +250,7 @@ class VirtualEngine:
             link.answered()
         self._routes_may_have_changed(before)
 
-    def lost(self, link: EngineLink, why: str, linger: float = 0.0) -> None:
+    def lost(self, link: EngineLink, why: str, linger: float = 0.0, *, event: str = states.LOST) -> None:
         """The connection is over: its calls end."""
         if link.ended is not None:
             return
@@ -340,7 +261,7 @@ class VirtualEngine:
         self.links.pop(peer.id, None)
         self.ended_links += 1
         peer.link = None
-        calls = self.protocol.lost(peer, why, self.clock.now)
+        calls = self.protocol.lost(peer, why, self.clock.now, event)
         self.trace.step(LOST_PEER, self.index, 0, len(calls))
         if peer.state == RESTING:
             self._plan(peer.rested_at)
@@ -362,7 +283,9 @@ class VirtualEngine:
             task = Task(self.clock)
             task.start(self._request(entry, task))
 
-    def _finish(self, entry: Entry, outcome: str, error: OnehopError | None = None) -> None:
+    def finish(self, entry: Entry, outcome: str, error: OnehopError | None = None) -> None:
+        if self.dead:
+            return  # nobody is left to hear it
         self.under_way.pop(entry.number, None)
         entry.outcome = outcome if error is None else type(error).__name__
         if outcome == "failed":
@@ -374,7 +297,7 @@ class VirtualEngine:
         entry.finished_at = self.clock.now
         self.invariants.ended(entry)
         if entry.parent is not None and all(part.outcome is not None for part in entry.parent.parts):
-            self._finish(entry.parent, "done")
+            self.finish(entry.parent, "done")
 
     def _request(self, entry: Entry, task: Task) -> Waiting:
         attempt = _Attempt(entry, task)
@@ -382,58 +305,76 @@ class VirtualEngine:
         if turns is None:
             turns = self._turns[entry.service, entry.server] = count(self.clock.random.randrange(1 << 16))
         while True:
-            routes = self.protocol.routes.of(entry.service, entry.server)
+            routes = self.protocol.routes.candidates(entry.service, entry.server)
             if routes and not attempt.tried:
                 route = choose(routes, next(turns))
             else:
                 found = yield from self._find(attempt, turns)
                 if not isinstance(found, Route):
-                    self._finish(entry, "error", found)
+                    self.finish(entry, "error", found)
                     return
                 route = found
             self.invariants.chose(self, route)
             link: EngineLink | None = route.peer.link
             if link is None or not link.ready:
-                made = yield from self._connect(route.peer, entry.deadline, task)
+                made = yield from self.connect(route.peer, entry.deadline, task)
                 if not isinstance(made, EngineLink):
                     if isinstance(made, CallError) and self._again(attempt, route, made):
                         continue
-                    self._finish(entry, "error", made)
+                    self.finish(entry, "error", made)
                     return
                 link = made
             error = yield from self._exchange(entry, task, route, link)
             if error is None:
                 return
             if isinstance(error, CallTimeout) or not self._again(attempt, route, error):
-                self._finish(entry, "error", error)
+                self.finish(entry, "error", error)
                 return
 
     def _exchange(
         self, entry: Entry, task: Task, route: Route, link: EngineLink
     ) -> Generator[float, None, CallError | None]:
         """Send the request over a ready link and wait for its outcome; None where ``entry`` has ended with it."""
-        now, clock = self.clock.now, self.clock
         is_cast = entry.kind == "cast"
-        body = ENTRY_NUMBER.pack(entry.number) + bytes(max(0, entry.size - ENTRY_NUMBER.size))
-        monitor = None if is_cast else entry.monitor
+        is_part = is_cast and entry.parent is not None
+        number = entry.parent.number if is_part and entry.parent is not None else entry.number  # one body for all
+        body = ENTRY_NUMBER.pack(number) + bytes(max(0, entry.size - ENTRY_NUMBER.size))
         call = Call(wire.CAST if is_cast else wire.REQUEST, entry.deadline, len(body))
         if link.calls.full(len(body)):
-            self._finish(entry, "error", Rejected("the window is full", reason="full"))
+            self.finish(entry, "error", Rejected("the window is full", reason="full"))
             return None
+        entry.asked.append((route.peer.id, self.clock.now))
+        flags, monitor = wire.FANOUT if is_part else 0, None if is_cast else entry.monitor
+        section = wire.names(entry.service, route.server, "work")
+        error = yield from self.ask(link, call, flags, monitor, section, body, task)
+        if error is not None:
+            return error
+        if call.outcome == FAILED:
+            self.finish(entry, "failed", RemoteError(bytes(call.body).decode()))
+        elif call.outcome == REPLIED:
+            number, by = REPLY_BODY.unpack_from(call.body)
+            self.invariants.replied(entry, number, by, route.peer.id)
+            self.finish(entry, "replied")
+        else:
+            self.finish(entry, "taken")
+        return None
+
+    def ask(
+        self, link: EngineLink, call: Call, flags: int, monitor: float | None, section: bytes, body: bytes, task: Task
+    ) -> Generator[float, None, CallError | None]:
+        """Send a request over a ready link and wait for its outcome; None where ``call`` has ended well."""
+        clock = self.clock
         call.waiter = task
         id = link.calls.begin(call)
-        flags = wire.FANOUT if is_cast and entry.parent is not None else 0
-        section = wire.names(entry.service, route.server, "work")
-        entry.asked.append((route.peer.id, now))
-        link.post(call, wire.request(call.kind, flags, id, entry.deadline - now, monitor, section, body))
+        link.post(call, wire.request(call.kind, flags, id, call.deadline - clock.now, monitor, section, body))
         if monitor is None:
-            while call.outcome is None and clock.now < entry.deadline:
-                yield entry.deadline
+            while call.outcome is None and clock.now < call.deadline:
+                yield call.deadline
         else:
             seen = -1
             while call.outcome is None and call.signs != seen:
                 seen = call.signs
-                limit = min(entry.deadline, clock.now + monitor)
+                limit = min(call.deadline, clock.now + monitor)
                 while call.outcome is None and call.signs == seen and clock.now < limit:
                     yield limit
         if call.outcome is None:
@@ -450,14 +391,6 @@ class VirtualEngine:
             )
         if call.outcome == LOST:
             return PeerLost(f"lost: {call.body}", executed="unknown" if call.sent else "no")
-        if call.outcome == FAILED:
-            self._finish(entry, "failed", RemoteError(bytes(call.body).decode()))
-        elif call.outcome == REPLIED:
-            number, by = REPLY_BODY.unpack_from(call.body)
-            self.invariants.replied(entry, number, by, route.peer.id)
-            self._finish(entry, "replied")
-        else:
-            self._finish(entry, "taken")
         return None
 
     def _find(self, attempt: _Attempt, turns: count[int]) -> Generator[float, None, Route | OnehopError]:
@@ -468,8 +401,7 @@ class VirtualEngine:
         while True:
             if self.closed:
                 return NodeClosed("this node was closed while a request waited for a server")
-            routes = self.protocol.routes.of(entry.service, entry.server)
-            routes = tuple(route for route in routes if route not in tried) if tried else routes
+            routes = self.protocol.routes.untried(entry.service, entry.server, tried)
             if routes:
                 return choose(routes, next(turns))
             if error is not None and (full or clock.now >= ready):
@@ -489,6 +421,10 @@ class VirtualEngine:
                 self._changed.append(attempt.task)
                 yield ready
             if not self.protocol.routes.of(entry.service, entry.server) and not self.closed:
+                later = min(self.protocol.peers.expected(entry.service, entry.server) + 1.0, entry.deadline)
+                if later > clock.now:
+                    ready = later
+                    continue
                 if entry.deadline <= ready:
                     return CallTimeout("nobody offered it before the deadline", executed="no")
                 return NoRoute(f"nobody offers {entry.service!r} {entry.server!r}")
@@ -507,7 +443,7 @@ class VirtualEngine:
         self.registry.refresh(self)
         receivers = self.protocol.routes.distinct(entry.service, entry.server)
         if not receivers:
-            self._finish(entry, "done")
+            self.finish(entry, "done")
         for route in receivers:
             self.invariants.chose(self, route)
             kind = "cast" if entry.kind == "fanout" else "call"
@@ -515,17 +451,25 @@ class VirtualEngine:
             part = self.invariants.enter(kind, self.index, entry.service, route.server, timeout)
             part.parent, part.work, part.fails, part.size = entry, entry.work, entry.fails, entry.size
             entry.parts.append(part)
+            entry.receivers[route.peer.id, route.server] = part
             self.under_way[part.number] = part
             self.invariants.began(part)
+        if entry.kind == "fanout" and len(receivers) > self.fanout_direct:
+            self.tree.fan_out(entry, receivers)
+            return
         for route, part in zip(receivers, list(entry.parts), strict=True):
-            task = Task(self.clock)
-            task.start(self._post_to(part, route, task))
+            self.post(part, route)
+
+    def post(self, part: Entry, route: Route) -> None:
+        """Send one receiver its copy."""
+        task = Task(self.clock)
+        task.start(self._post_to(part, route, task))
 
     def _post_to(self, part: Entry, route: Route, task: Task) -> Waiting:
-        made = yield from self._connect(route.peer, part.deadline, task)
+        made = yield from self.connect(route.peer, part.deadline, task)
         error = made if not isinstance(made, EngineLink) else (yield from self._exchange(part, task, route, made))
         if error is not None:
-            self._finish(part, "error", error)
+            self.finish(part, "error", error)
 
     # Serving --------------------------------------------------------------------------------------
 
@@ -539,9 +483,11 @@ class VirtualEngine:
         if inbox.outgoing:
             self._send_outgoing()
         if moved:
-            self.invariants.taken(self, moved)
+            self.invariants.taken(self, [request for request in moved if request.target is not self.tree])
             for request in moved:
-                if not request.queued:
+                if request.target is self.tree:
+                    self.tree.serve(request)
+                elif not request.queued:
                     request.queued = True
                     request.target.tasks.append(request)
                     if request.monitor is not None:
@@ -556,7 +502,7 @@ class VirtualEngine:
                 continue
             self.invariants.ran(self, request)
             target.busy += 1
-            entry = self.invariants.entry_of(request.body)
+            entry = self.invariants.entry_of(self, request)
             seconds = self.clock.random.expovariate(1 / target.offer.work) if entry.work is None else entry.work
             self.clock.after(seconds, self._handled, (target, request, entry))
 

@@ -127,7 +127,8 @@ class Entry:
         work: seconds its handler takes; None for a time drawn by the server.
         fails: whether its handler raises.
         may_have_run: an attempt before the last ended as unknown.
-        parts: of a fan-out or gathering, one entry for each receiver.
+        parts: of a fan-out or gathering, one entry for each receiver; ``receivers``: by node id and server.
+        takes: how often a receiver took it in.
     """
 
     __slots__ = (
@@ -148,10 +149,12 @@ class Entry:
         "parent",
         "parts",
         "ready_timeout",
+        "receivers",
         "server",
         "service",
         "size",
         "started",
+        "takes",
         "work",
     )
 
@@ -172,6 +175,8 @@ class Entry:
         self.size = 0
         self.parent: Entry | None = None
         self.parts: list[Entry] = []
+        self.receivers: dict[tuple[bytes, str], Entry] = {}
+        self.takes = 0
         self.asked: list[tuple[bytes, float]] = []
         self.executions: list[Execution] = []
         self.outcome: str | None = None
@@ -275,6 +280,8 @@ class Invariants:
             self.fail(f"{entry!r} ended {self._clock.now - entry.deadline:.3f} s after its deadline")
         elif entry.executed == "no" and entry.executions:
             self.fail(f"{entry!r} ended as not executed, and ran")
+        elif entry.outcome == "taken" and not entry.takes:
+            self.fail(f"{entry!r} ended as taken, and nobody took it in")
         elif entry.executed == "yes" and not entry.executions:
             self.fail(f"{entry!r} ended as executed, and did not run")
 
@@ -293,7 +300,8 @@ class Invariants:
                 f"node {engine.index} has taken in {len(inbox.taken)} requests; its inbox has room for {engine.room}"
             )
         for request in moved:
-            entry = self.entry_of(request.body)
+            entry = self.entry_of(engine, request)
+            entry.takes += 1
             sent = entry.asked[-1][1] if entry.asked else entry.started
             left = entry.deadline - sent + 0.002
             if not request.queued and (request.deadline is None or request.deadline > self._clock.now + left):
@@ -301,7 +309,7 @@ class Invariants:
 
     def ran(self, engine: EngineLike, request: Request) -> None:
         """A handler begins to run: for the first time for this request, and not too late."""
-        entry = self.entry_of(request.body)
+        entry = self.entry_of(engine, request)
         self._trace.step(RAN, engine.index, 0, entry.number)
         here = (engine.protocol.id, request.target.instance)
         may_run_elsewhere = entry.idempotent or request.flags & wire.FANOUT
@@ -316,10 +324,21 @@ class Invariants:
         elif (entry.service, entry.server or request.server) != (request.service, request.server):
             self.fail(f"{request.service!r} at {request.server!r} ran {entry!r}")
 
-    def entry_of(self, body: bytes | memoryview) -> Entry:
-        """The ledger's entry for the body of a request."""
-        number: int = ENTRY_NUMBER.unpack_from(body)[0]
-        return self._ledger[number]
+    def entry_of(self, engine: EngineLike, request: Request) -> Entry:
+        """The ledger's entry for a request that ``engine`` took in; of a fan-out, its part."""
+        number: int = ENTRY_NUMBER.unpack_from(request.body)[0]
+        entry = self._ledger[number]
+        if entry.kind != "fanout":
+            return entry
+        part = entry.receivers.get((engine.protocol.id, request.server))
+        if part is None:
+            self.fail(f"node {engine.index} got a copy of {entry!r} for {request.server!r}, which was not meant for it")
+        return part or entry
+
+    def passed_on(self, body: bytes | memoryview, node: bytes, server: str) -> None:
+        """A relay sends one receiver of a fan-out its copy: with the time that was left when the relay was asked."""
+        part = self._ledger[ENTRY_NUMBER.unpack_from(body)[0]].receivers[node, server]
+        part.asked.append((node, part.started))
 
     def chose(self, engine: EngineLike, route: Route) -> None:
         """A route was chosen: a usable peer whose record offers this."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from onehop.errors import SettingsError
 from onehop.interfaces import Deliver, Record, Registry
@@ -186,12 +186,16 @@ class MemoryCarrier:
         self._lock = threading.RLock()
         self._count = 0
 
-    def bind(self, endpoint: str) -> InboundSocket:
+    def bind(self, *endpoints: str) -> InboundSocket:
+        (endpoint,) = endpoints
         with self._lock:
             if endpoint in self.sockets:
                 raise SettingsError(f"cannot listen at {endpoint}: it is in use")
             inbound = self.sockets[endpoint] = _MemoryInbound(self, endpoint, self._lock)
         return inbound
+
+    def nearest(self, endpoints: Sequence[str]) -> str:
+        return endpoints[0]
 
     def connect(self, endpoint: str) -> LinkSocket:
         with self._lock:

@@ -23,8 +23,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from onehop.testing.clock import Clock
-from onehop.testing.engine import EngineLink, Offer, Surroundings, VirtualEngine
+from onehop.testing.engine import Offer, Surroundings, VirtualEngine
 from onehop.testing.invariants import CUT, HELD, MENDED, RELEASED, Entry, Invariants, Trace
+from onehop.testing.link import EngineLink
 from onehop.testing.network import LATENCY, Cut, Network, VirtualRegistry
 
 DRAIN_TIMEOUT = 10.0
@@ -113,6 +114,9 @@ class World:
         workers: int = 8,
         room: int = 10_000,
         window: int = 4_096,
+        fanout_direct: int = 2_000,
+        relay: bool = True,
+        watches: bool = True,
         engine: type[VirtualEngine] = VirtualEngine,
     ) -> list[VirtualNode]:
         """Add nodes, which start now.
@@ -123,19 +127,23 @@ class World:
             work: seconds a handler takes, on average; ``workers`` run at once.
             offers: instead of ``service``: several.
             room: requests an inbox takes; ``window``: requests under way to one peer.
+            fanout_direct, relay: see :class:`onehop.settings.Settings`.
+            watches: whether they learn of others. Ten thousand who all know each other would take all memory there is.
             engine: another engine, to see what the checks say of it.
         """
         made = []
         for index in range(len(self._nodes), len(self._nodes) + number):
             own = tuple(offers) or ((Offer(service, server or f"server-{index}", work, workers),) if service else ())
-            made.append(engine(self._surroundings, index, own, room=room, window=window))
-        return self._start(made)
+            options = {"room": room, "window": window, "fanout_direct": fanout_direct}
+            made.append(engine(self._surroundings, index, own, relay=relay, **options))
+        return self._start(made, watch=watches)
 
-    def _start(self, engines: Sequence[VirtualEngine]) -> list[VirtualNode]:
+    def _start(self, engines: Sequence[VirtualEngine], *, watch: bool = True) -> list[VirtualNode]:
         for engine in engines:
             engine.start()
         for engine in engines:
-            self.registry.watch(engine)
+            if watch:
+                self.registry.watch(engine)
         nodes = [VirtualNode(engine.index, engine) for engine in engines]
         self._nodes += nodes
         return nodes
@@ -165,7 +173,8 @@ class World:
         if node.index in self._dark:
             self.network.mend(self._dark.pop(node.index))
         offers = tuple(target.offer for target in old.targets)
-        node.engine = type(old)(self._surroundings, node.index, offers, room=old.room, window=old.window)
+        options = {"room": old.room, "window": old.window, "fanout_direct": old.fanout_direct}
+        node.engine = type(old)(self._surroundings, node.index, offers, relay=old.relay, **options)
         node.engine.start()
         self.registry.watch(node.engine)
 

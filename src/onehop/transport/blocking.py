@@ -315,7 +315,10 @@ class BlockingEngine(Engine):
     async def _sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    async def _cold(self, action: Callable[..., None], *arguments: Any) -> None:
+    def spawn(self, steps: Coroutine[Any, Any, None]) -> None:
+        start_thread("onehop-relay", run, steps)
+
+    async def _cold(self, action: Callable[..., object], *arguments: Any) -> None:
         action(*arguments)
 
     def _tell_change(self) -> None:

@@ -12,7 +12,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from time import monotonic
 from typing import Any, NoReturn
 
@@ -21,13 +21,15 @@ from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
 from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, TAKEN, Call, CallTable
 from onehop.protocol.node import NodeProtocol
-from onehop.protocol.peers import Peer
+from onehop.protocol.peers import LOST as LOST_PEER
+from onehop.protocol.peers import REPLACED, Peer
 from onehop.protocol.routes import Route, Routes, choose
 from onehop.protocol.wire import Body
 from onehop.settings import Settings
 from onehop.transport.carrier import Carrier, LinkSocket
 from onehop.transport.link import Link
-from onehop.transport.requests import Attempt, Terms, name_of, serving
+from onehop.transport.requests import Attempt, Parcel, Terms, name_of, serving
+from onehop.transport.tree import Tree
 from onehop.transport.waiting import Wake
 
 HANDSHAKE = 5.0
@@ -36,6 +38,8 @@ CASTS_UNDER_WAY = 64
 """Of one stream of casts, sent and not acknowledged."""
 BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
+PATIENCE = 1.0
+"""Seconds that a registry may take to say who offers a service, at the first request for it."""
 WELL = (REPLIED, FAILED, TAKEN)
 """Outcomes that are no error of the call's own."""
 
@@ -67,6 +71,7 @@ class Caller(ABC):
             window_messages=settings.window_messages,
             window_bytes=settings.window_bytes,
             reach=settings.duplicate_window,
+            subset=settings.subset,
         )
         self.records: tuple[Record, ...] = ()
         self.outcomes: Counter[str] = Counter()
@@ -75,6 +80,8 @@ class Caller(ABC):
         self._listeners: list[Callable[[], None]] = []
         self._wake = Wake()
         self._keeping = False
+        self.tree = Tree(self)
+        self._wanted: set[str] = set()
 
     def start(self) -> None:
         """Watch the registry. Called once, before anything else.
@@ -91,11 +98,28 @@ class Caller(ABC):
             if self.closed:
                 return
             self.records = tuple(records)
-            self.protocol.learn(records)
+            self.protocol.learn(records, monotonic())
             self._tell_change()
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
+
+    async def want(self, service: str, until: float) -> None:
+        """See that the view has all who offer ``service`` (``""``: any), as far as the registry knows them.
+
+        Args:
+            until: when not to wait any longer, which may be past already; a registry is given a moment all the same.
+        """
+        if service not in self._wanted:
+            patience = min(max(until - monotonic(), BRIEF), PATIENCE)
+            await self._cold(self.registry.want, service, patience)
+            self._wanted.add(service)
+
+    async def known(self, service: str) -> tuple[Record, ...]:
+        """The records of those who offer ``service``, and perhaps of others; ``""``: of all."""
+        await self.want(service, monotonic() + PATIENCE)
+        await self._cold(self.registry.refresh)
+        return self.records
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Have ``listener`` called after each change of the view."""
@@ -121,7 +145,15 @@ class Caller(ABC):
         """Let a moment pass."""
 
     @abstractmethod
-    async def _cold(self, action: Callable[..., None], *arguments: Any) -> None:
+    def spawn(self, steps: Coroutine[Any, Any, None]) -> None:
+        """Have ``steps`` done beside everything else.
+
+        Raises:
+            RuntimeError: the machine gives no more threads.
+        """
+
+    @abstractmethod
+    async def _cold(self, action: Callable[..., object], *arguments: Any) -> None:
         """Do something that may take its time: with files, or with the registry."""
 
     @abstractmethod
@@ -155,7 +187,7 @@ class Caller(ABC):
             if hello is None or record is None:
                 raise errors.PeerLost(f"node {peer.id.hex()} is {peer.state}: not connected to", executed="no")
             try:
-                socket = self.carrier.connect(record.endpoints[0])
+                socket = self.carrier.connect(self.carrier.nearest(record.endpoints))
             except errors.OnehopError as error:
                 self.protocol.lost(peer, "no connection could be begun", monotonic())
                 if isinstance(error, errors.ResourceLimit):
@@ -184,10 +216,12 @@ class Caller(ABC):
             return link
         if link.hello.outcome is None and monotonic() >= until:
             raise errors.CallTimeout(f"{name_of(peer)} did not answer the hello before the deadline", executed="no")
-        why = link.ended or "it did not answer the hello"
+        why, event = link.ended or "it did not answer the hello", LOST_PEER
         if link.hello.outcome == REJECTED:
             why = "{}: {}".format(*link.hello.body)
-        self._lost(peer, link, why)
+            if link.hello.body[0] == "wrong node":
+                event = REPLACED
+        self._lost(peer, link, why, event)
         raise errors.PeerLost(f"no connection to {name_of(peer)}: {link.error or why}", executed="no") from link.error
 
     async def _await_hello(self, link: Link, until: float) -> bool:
@@ -208,20 +242,20 @@ class Caller(ABC):
             raise
         except errors.ProtocolError as error:
             link.error = error
-            self._lost(peer, link, str(error))
+            self._lost(peer, link, str(error), REPLACED)
             return
         link.tell(ended)
         if ready:
             link.answered()
 
-    def _lost(self, peer: Peer, link: Link, why: str) -> None:
+    def _lost(self, peer: Peer, link: Link, why: str, event: str = LOST_PEER) -> None:
         """The connection is over. Its calls end; the socket is closed by the housekeeping."""
         if not link.end(why):
             return
         with self.lock:
             if peer.link is link:
                 peer.link = None
-                self.protocol.lost(peer, why, monotonic())
+                self.protocol.lost(peer, why, monotonic(), event)
             self._links.pop(peer.id, None)
             self._ended_links.append(link)
             self._tell_change()
@@ -274,7 +308,7 @@ class Caller(ABC):
 
     def _look_up(self, terms: Terms, picture: Routes) -> tuple[Route | None, Link | None, dict[str, bytes]]:
         """Whose turn it is; where that is always the same until the picture changes, it is remembered."""
-        routes = picture.of(terms.service, terms.server)
+        routes = picture.candidates(terms.service, terms.server)
         if not routes:
             return None, None, {}
         route = routes[0] if len(routes) == 1 else choose(routes, next(terms.turns))
@@ -456,10 +490,11 @@ class Caller(ABC):
         terms, tried = attempt.terms, attempt.tried
         error = attempt.error
         full = isinstance(error, errors.Rejected) and error.reason == "full"
+        if terms.service not in self._wanted:
+            await self.want(terms.service, attempt.until)
         ready = min(attempt.until, attempt.started + terms.ready_timeout)
         while True:
-            routes = self.protocol.routes.of(terms.service, terms.server)
-            routes = tuple(route for route in routes if route not in tried) if tried else routes
+            routes = self.protocol.routes.untried(terms.service, terms.server, tried)
             if routes:
                 return choose(routes, next(terms.turns))
             if error is not None and (full or monotonic() >= ready):
@@ -470,6 +505,11 @@ class Caller(ABC):
                 attempt.pause *= 2
                 tried = attempt.tried = ()
             elif not await self.wait_for(lambda: bool(self.protocol.routes.of(terms.service, terms.server)), ready):
+                with self.lock:
+                    later = min(self.protocol.peers.expected(terms.service, terms.server) + 1.0, attempt.until)
+                if later > monotonic() and not self.closed:
+                    ready = later  # it is there, and it is not our turn yet
+                    continue
                 if self.closed:
                     raise errors.NodeClosed("this node was closed while a request waited for a server")
                 self._fail(attempt, attempt.no_route(self.protocol.routes, self.settings, ready))
@@ -519,6 +559,8 @@ class Caller(ABC):
         if self.closed or len(body) > self.settings.max_message:
             self._refuse(terms, method, len(body))
         now = monotonic()
+        if terms.service not in self._wanted:
+            await self.want(terms.service, now + terms.timeout)
         if not self.registry.is_fresh():
             await self._cold(self.registry.refresh)
         with self.lock:
@@ -540,38 +582,61 @@ class Caller(ABC):
         request = serving.get()
         if request is not None and request.deadline is not None:
             until = min(until, request.deadline)
-        waiting = []
         for route in self.protocol.routes.distinct(terms.service, terms.server):
             attempt = Attempt(terms, method, until, now)
             attempt.route = route
             everyone.append(attempt)
+        if flags & wire.FANOUT and len(everyone) > self.settings.fanout_direct:
+            await self.tree.fan_out(everyone, body)
+            return
+        waiting = self.send_all((attempt, kind, flags, body) for attempt in everyone)
+        while waiting:
+            waiting = await self.send_ready(waiting)
+        for attempt in everyone:
+            await self.conclude(attempt)
+
+    def send_all(self, parcels: Iterable[Parcel]) -> list[Parcel]:
+        """Send each parcel, to the route of its attempt, whose link is ready; returns the others.
+
+        All connections begin before any is waited for. An attempt that cannot be sent gets its ``error``.
+        """
+        waiting = []
+        for parcel in parcels:
+            attempt, kind, flags, body = parcel
+            route = attempt.route
             link: Link | None = route.peer.link
-            try:  # all connections begin before any is waited for
+            try:
                 if link is not None and link.ready:
                     self._send_over(link, route, attempt, kind, flags, body)
                 else:
                     attempt.link = self._begin_link(route.peer)
-                    waiting.append(attempt)
+                    waiting.append(parcel)
             except (errors.CallError, errors.ResourceLimit) as error:
                 attempt.error = error if isinstance(error, errors.CallError) else errors.NoRoute(str(error))
-        while waiting:  # each is sent to as soon as it is ready: a silent one holds up nobody
-            silent = []
-            for attempt in waiting:
-                now, begun = monotonic(), attempt.link
-                if not await self._await_hello(begun, now + BRIEF) and now < min(until, begun.began + HANDSHAKE):
-                    silent.append(attempt)
-                    continue
-                try:
-                    await self._send_to(attempt.route, attempt, kind, flags, body)
-                except errors.CallError as error:
-                    attempt.error = error
-            waiting = silent
-        for attempt in everyone:
-            if attempt.error is None and attempt.call.outcome is None:
-                attempt.link.glance()
-            if attempt.error is None and attempt.call.outcome not in WELL:
-                try:
-                    await self.outcome(attempt)
-                except errors.CallError as error:
-                    attempt.error = error
-            attempt.seconds = monotonic() - attempt.started
+        return waiting
+
+    async def send_ready(self, waiting: list[Parcel]) -> list[Parcel]:
+        """Send what can be sent by now; returns the others. A silent peer holds up nobody for more than a moment."""
+        silent = []
+        for parcel in waiting:
+            attempt, kind, flags, body = parcel
+            now, begun = monotonic(), attempt.link
+            if not await self._await_hello(begun, now + BRIEF) and now < min(attempt.until, begun.began + HANDSHAKE):
+                silent.append(parcel)
+                continue
+            try:
+                await self._send_to(attempt.route, attempt, kind, flags, body)
+            except errors.CallError as error:
+                attempt.error = error
+        return silent
+
+    async def conclude(self, attempt: Attempt) -> None:
+        """Wait for the outcome of an attempt that was sent, if it was; one that did not end well gets its ``error``."""
+        if attempt.error is None and attempt.call.outcome is None:
+            attempt.link.glance()
+        if attempt.error is None and attempt.call.outcome not in WELL:
+            try:
+                await self.outcome(attempt)
+            except errors.CallError as error:
+                attempt.error = error
+        attempt.seconds = monotonic() - attempt.started

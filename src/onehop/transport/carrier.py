@@ -6,6 +6,7 @@ connection, delivers each whole or not at all, loses what was under way when the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from onehop.protocol.inbox import Message
@@ -105,13 +106,16 @@ class InboundSocket(Protocol):
 class Carrier(Protocol):
     """Makes sockets; one per node and process."""
 
-    def bind(self, endpoint: str) -> InboundSocket:
-        """Listen at ``endpoint``.
+    def bind(self, *endpoints: str) -> InboundSocket:
+        """Listen at each of ``endpoints``; one of TCP may have a range of ports, of which the first free one is taken.
 
         Raises:
             ResourceLimit: the machine has no room for it.
-            SettingsError: the endpoint cannot be used; says why.
+            SettingsError: an endpoint cannot be used; says why.
         """
+
+    def nearest(self, endpoints: Sequence[str]) -> str:
+        """To which of a node's endpoints to connect: on the same host the one that does not leave it."""
 
     def connect(self, endpoint: str) -> LinkSocket:
         """Begin a connection; whether it comes about is told by :meth:`LinkSocket.ended`.

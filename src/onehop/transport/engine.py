@@ -12,14 +12,16 @@ import logging
 import os
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import NamedTuple
 
 from onehop import errors
+from onehop.addresses import advertised
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
 from onehop.protocol.inbox import Inbox
+from onehop.protocol.peers import IDLE
 from onehop.settings import Settings
 from onehop.statistics import Statistics, of_peer
 from onehop.transport.caller import Caller
@@ -32,6 +34,7 @@ log = logging.getLogger("onehop")
 
 GOODBYE_LINGER = 0.1
 """Seconds that a goodbye may take to leave when the node is closed."""
+UNUSED = "it was not used for a while"
 GRACE = 1.0
 """Seconds after its deadline for which a call is its owner's to end."""
 TICK = 0.1
@@ -55,20 +58,25 @@ class Engine(Caller):
         settings: of the node.
         carrier: makes the sockets.
         registry: says where other nodes are. The engine owns it.
-        endpoint: where this node would listen, from its id; asked when it first serves.
+        listen: where this node would listen, from its id; asked when it first serves.
         release: the version of onehop.
     """
 
     def __init__(
-        self, settings: Settings, carrier: Carrier, registry: Registry, endpoint: Callable[[bytes], str], release: str
+        self,
+        settings: Settings,
+        carrier: Carrier,
+        registry: Registry,
+        listen: Callable[[bytes], Sequence[str]],
+        release: str,
     ) -> None:
         super().__init__(settings, carrier, registry, release)
         self.inbound: Inbound | None = None
-        self._endpoint = endpoint
+        self._listen = listen
         self._announcing = threading.RLock()
         self._offers: list[Offer] = []
         self._draining = False
-        self._looked = 0.0
+        self._looked = self._looked_for_idle = 0.0
 
     @abstractmethod
     def _receive(self, inbound: Inbound) -> None:
@@ -93,8 +101,9 @@ class Engine(Caller):
             if self.closed or self._draining:
                 raise errors.NodeClosed("this node is closed or draining; make a new one to serve")
             if self.inbound is None:
-                endpoint = self._endpoint(self.protocol.id)
-                self.inbound = Inbound(self.carrier.bind(endpoint), self.protocol.inbox, self._wake.set)
+                socket = self.carrier.bind(*self._listen(self.protocol.id))
+                self.inbound = Inbound(socket, self.protocol.inbox, self._wake.set)
+                self.tree.offer(self.inbound)
             queue.inbound = self.inbound
             self.inbound.change(Inbox.offer, service, server, queue)
             self._offers.append(Offer(service, server, queue, idempotent))
@@ -138,11 +147,12 @@ class Engine(Caller):
                 node=self.protocol.id.hex(),
                 host=self.protocol.host,
                 pid=os.getpid(),
-                endpoints=self.inbound.socket.endpoints,
+                endpoints=advertised(self.inbound.socket.endpoints, self.settings.advertise),
                 services=services,
                 idempotent=idempotent,
                 version=self.protocol.release,
                 zone=self.settings.zone,
+                relay=self.settings.relay,
             )
         )
 
@@ -192,7 +202,7 @@ class Engine(Caller):
             log.exception("the housekeeping of node %s met an error; it goes on", self.protocol.id.hex())
         for link in ended:
             self._leave(link)
-        stuck = [link for link in ended if not link.close(0.0)]
+        stuck = [link for link in ended if not link.close(GOODBYE_LINGER)]
         with self.lock:
             self._ended_links += stuck
             again = len(self._ended_links) > len(stuck)
@@ -225,6 +235,13 @@ class Engine(Caller):
                 ]  # fmt: skip
             for link in links:
                 self._look_after(link, now)
+        if now - self._looked_for_idle >= self.settings.idle_timeout / 50:
+            self._looked_for_idle = now
+            with self.lock:
+                links = [link for link in self._links.values() if link.resting and now >= link.idle_at]
+            for link in links:
+                if link.calls.last == link.numbered and link.retire(UNUSED):
+                    self._lost(link.peer, link, UNUSED, IDLE)
         if self.inbound is not None:
             self.inbound.look(now)
 
@@ -239,6 +256,7 @@ class Engine(Caller):
         idle = not calls.pending and calls.last == link.numbered
         link.numbered = calls.last
         if idle != link.resting:
+            link.idle_at = now + self.settings.idle_timeout * (0.8 + 0.4 * self.protocol.peers.random())
             self._rest(link, idle)  # before the look: nothing may come unseen between
         link.look()
         for call in calls.expire(now - GRACE):  # begun, and its owner never came back for it

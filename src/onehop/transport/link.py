@@ -51,11 +51,12 @@ class Link(ABC):
         peer: whom it leads to.
         numbered, resting: the housekeeping's: the last call's number when it looked, and whether it looks no more
             before something comes.
+        idle_at: the housekeeping's: when it is closed if nothing comes.
     """
 
     __slots__ = (
         "_closed", "_cold", "_control", "_incoming", "_lock", "_out", "_stuck", "bad_frames", "began", "calls",
-        "drained", "ended", "error", "hello", "numbered", "over", "peer", "ready", "resting", "socket",
+        "drained", "ended", "error", "hello", "idle_at", "numbered", "over", "peer", "ready", "resting", "socket",
     )  # fmt: skip
 
     def __init__(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> None:
@@ -71,6 +72,7 @@ class Link(ABC):
         self.peer: Any = None
         self.numbered = -1
         self.resting = False
+        self.idle_at = 0.0
         self.hello = Call(wire.HELLO)
         calls.pending[0] = self.hello
         self._closed = False
@@ -200,6 +202,22 @@ class Link(ABC):
         self.ready = True
         self.hello.outcome = REPLIED
         self.tell([self.hello])
+
+    def retire(self, why: str) -> bool:
+        """If nobody uses the link: say goodbye, and let nothing more be sent. False where somebody does.
+
+        What is begun at this moment finds the link ended, and was not sent: it goes over the next one.
+        """
+        if not self._lock.acquire(False):
+            return False
+        try:
+            if self.calls.pending or self._out or self.ended is not None:
+                return False
+            self.socket.send(wire.goodbye())
+            self.ended, self.ready = why, False
+        finally:
+            self._lock.release()
+        return True
 
     def end(self, why: str) -> bool:
         """The connection is over: what still came is read, then every call ends as LOST. False the second time.

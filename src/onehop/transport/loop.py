@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from _thread import get_ident
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -119,6 +119,7 @@ class LoopEngine(Engine):
         self._thread = get_ident()
         self.inherited = False
         self._changes: list[asyncio.Future[None]] = []
+        self._spawned: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._sweeping = False
         self._leading = False
@@ -217,7 +218,12 @@ class LoopEngine(Engine):
     async def _sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
-    async def _cold(self, action: Callable[..., None], *arguments: Any) -> None:
+    def spawn(self, steps: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(steps)
+        self._spawned.add(task)
+        task.add_done_callback(self._spawned.discard)
+
+    async def _cold(self, action: Callable[..., object], *arguments: Any) -> None:
         self.check_loop()
         # In a thread of its own: those of the loop's executor may all be busy with what the user gave them.
         done: asyncio.Future[None] = self.loop.create_future()
@@ -232,10 +238,6 @@ class LoopEngine(Engine):
 
         start_thread("onehop-cold", act)
         await done
-
-    async def refresh(self) -> None:
-        """Have the registry look whether something changed."""
-        await self._cold(self.registry.refresh)
 
     async def start_in_loop(self) -> None:
         """Watch the registry; see :meth:`start`. The engine ends with its loop, where nobody ends it earlier."""

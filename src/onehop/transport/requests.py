@@ -15,6 +15,7 @@ from onehop.protocol.calls import REJECTED, Call
 from onehop.protocol.inbox import Request
 from onehop.protocol.peers import Peer, RecordLike
 from onehop.protocol.routes import Route, Routes
+from onehop.protocol.wire import Body
 from onehop.settings import Settings
 from onehop.transport.link import Link
 
@@ -165,6 +166,10 @@ class Attempt:
             f"nobody offers {terms} (waited {terms.ready_timeout:.3g} s); {there_is}. Is it started, with the same "
             f"registry ({settings.registry!r}) and realm ({settings.realm!r})?"
         )
+
+
+Parcel = tuple[Attempt, int, int, Body]
+"""An attempt, and what is sent for it: kind, flags and body."""
 
 
 def describe(method: str, terms: Terms, route: Route) -> str:

@@ -6,7 +6,7 @@ import os
 import resource
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
@@ -171,6 +171,8 @@ class _Link(_Socket):
         self.monitor_fd = int(self._monitor.get(_FD))
         self._ended: str | None = None
         try:
+            if "[" in endpoint:
+                self._socket.set(zmq.IPV6, 1)
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
             self.close(0.0)
@@ -232,20 +234,52 @@ class _Inbound(_Socket):
     send: Callable[[bytes, bytes], bool]
     drain: Callable[[int, list[Message]], bool]
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        super().__init__(context, zmq.ROUTER, _LOCAL_INBOUND if _is_local(endpoint) else _INBOUND)
+    def __init__(self, context: zmq.Context[Any], endpoints: Sequence[str]) -> None:
+        super().__init__(context, zmq.ROUTER, ())
         if native is None:
             self.send, self.drain = self._send_frame, self._drain
         else:
             self.send, self.drain = partial(native.send_to, self._address), partial(native.drain_from, self._address)
+        self.endpoints: tuple[str, ...] = ()
         try:
-            self._socket.bind(endpoint)
-        except zmq.ZMQError as error:
-            self._socket.close(0)
-            raise SettingsError(
-                f"cannot listen at {endpoint}: {error}; is the path writable and short enough?"
-            ) from None
-        self.endpoints: tuple[str, ...] = (endpoint,)
+            for each in endpoints:
+                self.endpoints += (self._listen(each),)
+        except SettingsError:
+            self.close(0.0)
+            raise
+
+    def _listen(self, endpoint: str) -> str:
+        """Listen at ``endpoint``, at the first free port where it has a range of them; returns what it is then.
+
+        libzmq copies the options when it listens, so that those of each endpoint can be its own.
+        """
+        for option, value in _LOCAL_INBOUND if _is_local(endpoint) else _INBOUND:
+            self._socket.set(option, value)
+        if _is_local(endpoint):
+            try:
+                self._socket.bind(endpoint)
+            except zmq.ZMQError as error:
+                raise SettingsError(
+                    f"cannot listen at {endpoint}: {error}; is the path writable and short enough?"
+                ) from None
+            return endpoint
+        self._socket.set(zmq.IPV6, int("[" in endpoint))
+        place, _, ports = endpoint.rpartition(":")
+        first, _, last = ports.partition("-")
+        for port in range(int(first), int(last or first) + 1):
+            try:
+                self._socket.bind(f"{place}:{port}")
+                return f"{place}:{port}"
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EADDRINUSE:
+                    raise SettingsError(
+                        f"cannot listen at {place}:{port}: {error}; is it an address of this host (address, "
+                        "ONEHOP_ADDRESS)?"
+                    ) from None
+        raise SettingsError(
+            f"cannot listen at {place}: each of the ports {ports} is in use; every process that serves takes one: give "
+            "more (ports, ONEHOP_PORTS)"
+        )
 
     def _send_frame(self, identity: bytes, frame: bytes) -> bool:
         if not self._send_identity(identity):
@@ -301,9 +335,9 @@ class _Inbound(_Socket):
 
     def close(self, linger: float) -> None:
         self._socket.close(int(linger * 1000))
-        if _is_local(self.endpoints[0]):  # libzmq leaves the file
+        for each in filter(_is_local, self.endpoints):  # libzmq leaves the file
             with suppress(FileNotFoundError):
-                os.unlink(self.endpoints[0].removeprefix("ipc://"))
+                os.unlink(each.removeprefix("ipc://"))
 
 
 class ZmqCarrier:
@@ -311,6 +345,7 @@ class ZmqCarrier:
 
     Args:
         mode: of the file that is the socket, where it listens on one: who may connect.
+        directory: where the nodes of this host have those files.
     """
 
     _sharing = threading.RLock()  # reentrant: a signal handler may send in the thread that it interrupts in here
@@ -318,8 +353,9 @@ class ZmqCarrier:
     _carriers: ClassVar[set[ZmqCarrier]] = set()
     _inherited: ClassVar[list[Any]] = []
 
-    def __init__(self, mode: int = 0o600) -> None:
+    def __init__(self, mode: int = 0o600, directory: str = "") -> None:
         self._mode = mode
+        self._directory = f"ipc://{directory}/"
 
     def _get_context(self) -> zmq.Context[Any]:
         with ZmqCarrier._sharing:
@@ -331,12 +367,20 @@ class ZmqCarrier:
                     ZmqCarrier._context = made
             return ZmqCarrier._context
 
-    def bind(self, endpoint: str) -> _Inbound:
+    def bind(self, *endpoints: str) -> _Inbound:
         check_descriptors(16)
-        inbound = _Inbound(self._get_context(), endpoint)
-        if _is_local(endpoint):
-            os.chmod(endpoint.removeprefix("ipc://"), self._mode)
+        inbound = _Inbound(self._get_context(), endpoints)
+        for each in filter(_is_local, endpoints):
+            os.chmod(each.removeprefix("ipc://"), self._mode)
         return inbound
+
+    def nearest(self, endpoints: Sequence[str]) -> str:
+        # A path in our own directory is no other host's, whose directory may have the same name: the socket's name is
+        # the node's, and it is there.
+        for each in endpoints:
+            if not _is_local(each) or (each.startswith(self._directory) and os.path.exists(each[len("ipc://") :])):
+                return each
+        return endpoints[0]
 
     def connect(self, endpoint: str) -> _Link:
         check_descriptors(LINK_DESCRIPTORS)
