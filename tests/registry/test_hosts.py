@@ -468,7 +468,7 @@ def test_a_directory_that_speaks_something_else_is_named(site: Site, caplog: pyt
     try:
         views = site.watch(5)
         assert views.become(21)
-        said = f"the directory of {site.address(1)}, port {site.port}, is away, and tried again: it sent no message"
+        said = f"directory of {site.address(1)}, port {site.port}, is away, and will be tried again: it sent no message"
         assert eventually(lambda: said in caplog.text)
     finally:
         other.close()
@@ -566,6 +566,19 @@ def test_only_what_is_wanted_is_told(site: Site) -> None:
     assert json.loads(told.readline()) == {"type": "told", "withdrawn": [record(11).node]}
 
 
+def test_who_asks_for_the_first_time_is_told_of_all_hosts(site: Site) -> None:
+    site.start_holder(1, 11)
+    site.start_holder(2, 21)
+    site.start(4, 41)
+    assert site.watch(5).become(11, 21, 41)
+    for _ in range(20):
+        registry, views = site.make(4), Views()
+        registry.watch(views)
+        assert registry.want("clock", 5.0)
+        assert views.nodes == [11, 21, 41]
+        registry.close()
+
+
 def test_realms_do_not_see_each_other(site: Site) -> None:
     site.start_holder(1, 11, realm="north")
     site.start(4, 41, realm="north")
@@ -630,6 +643,7 @@ def test_garbage_is_counted_and_its_sender_cut(site: Site, garbage: bytes) -> No
         with suppress(ConnectionResetError):
             while connection.recv(65_536):
                 pass
+    assert eventually(lambda: sum(directory.refused.values()) == 1)
     site.start(1, 11)
     assert views.become(11, within=2 * AT_ONCE)
 
@@ -637,11 +651,11 @@ def test_garbage_is_counted_and_its_sender_cut(site: Site, garbage: bytes) -> No
 def test_strangers_are_counted_by_reason(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     directory = site.directory(1)
     assert eventually(lambda: directory.is_held)
-    for _ in range(3):
+    for each in range(3):
         with site.connect(1) as connection:
-            connection.sendall(b"hello?\r\n")
+            connection.sendall(b"hello, number %d?\r\n" % each)
             assert connection.recv(100) == b""
-    assert eventually(lambda: sum(directory.refused.values()) == 3)
+    assert eventually(lambda: list(directory.refused.values()) == [3])
     assert len([each for each in caplog.records if each.levelno == logging.WARNING]) == 1
 
 

@@ -52,7 +52,7 @@ from onehop.settings import Settings
 
 ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of one line from a directory
 FIRST_RETRIES, LONGEST_RETRY = 5, 5.0  # so many in the second of a takeover; then after up to so many seconds
-PATIENCE = 0.1  # seconds for an answer from all, where some have answered
+PATIENCE = 0.5  # seconds for an answer from all, where some have answered
 REFUSED = 0.7  # seconds after which a host that still refuses has nobody left to take its port over
 GRACE = 2.0  # seconds, at least, for those who told a directory of themselves to tell its successor
 TOGETHER = 1.0  # seconds within which all directories hear of one event
@@ -218,7 +218,9 @@ class _Link:
 
     def is_awaited(self, now: float, others: bool) -> bool:
         """Whether an answer from it may come soon; with ``others`` that have answered, less patiently."""
-        return now - self.broke <= PATIENCE if others and not self.live else self.tries <= FIRST_RETRIES
+        if others and not self.live:
+            return not self.refused and now - self.broke <= PATIENCE
+        return self.tries <= FIRST_RETRIES
 
 
 class _Watcher(Loop):
@@ -501,7 +503,7 @@ class _Watcher(Loop):
         link.retry_at = now + delay
         if link.tries > FIRST_RETRIES and str(broken) != link.problem:
             link.problem = str(broken)
-            _log.warning("%s is away, and tried again: %s", link, broken)
+            _log.warning("%s is away, and will be tried again: %s", link, broken)
 
     # --- what is known ---
 
@@ -528,7 +530,7 @@ class _Watcher(Loop):
     def _greeted(self, link: _Link, listed: set[str], now: float) -> None:
         """It told all that it knows: whom it does not list any more is gone, or has yet to come back to it."""
         away = now - link.broke
-        link.live, link.tries = True, 0
+        link.live, link.tries, link.refused = True, 0, False
         if link.problem:
             _log.info("%s is back", link)
         link.problem = ""
