@@ -13,9 +13,9 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from itertools import count, repeat
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -415,11 +415,11 @@ def test_everything_stays_while_all_directories_are_silent(site: Site) -> None:
 
 
 class FakeDirectory:
-    """Listens for one host, tells each who comes one of the lines that it is given, and says nothing more."""
+    """Listens for one host, tells what it is given to whoever comes, and says nothing more."""
 
-    def __init__(self, site: Site, host: int, lines: Iterable[bytes]) -> None:
+    def __init__(self, site: Site, host: int, tells: bytes) -> None:
         self._listener = socket.create_server((site.address(host), site.port))
-        self._lines = iter(lines)
+        self.tells = tells
         self._connections: list[socket.socket] = []
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
@@ -428,7 +428,7 @@ class FakeDirectory:
         with suppress(OSError):
             while True:
                 self._connections.append(self._listener.accept()[0])
-                self._connections[-1].sendall(next(self._lines, b""))
+                self._connections[-1].sendall(self.tells)
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -440,10 +440,11 @@ class FakeDirectory:
 def test_a_host_that_vanishes_without_a_word_is_gone_after_a_lease(site: Site) -> None:
     site.start_holder(2, 21)
     tells = b'{"type":"told","here":[{"node":"%032x","host":"host-1","services":{"clock":["a"]}}]}\n' % 11
-    vanishes = FakeDirectory(site, 1, [tells])
+    vanishes = FakeDirectory(site, 1, tells)
     try:
         views = site.watch(5, lease=3.0)
         assert views.become(11, 21)
+        vanishes.tells = b""
         assert views.remain(11, 21, seconds=0.5)
         assert views.become(21, within=2.5 + AT_ONCE)
     finally:
@@ -464,7 +465,7 @@ def test_a_node_that_vanishes_without_a_word_is_gone_after_a_lease(site: Site) -
 
 def test_a_directory_that_speaks_something_else_is_named(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     site.start_holder(2, 21)
-    other = FakeDirectory(site, 1, repeat(b"220 mail.example.org ESMTP\r\n"))
+    other = FakeDirectory(site, 1, b"220 mail.example.org ESMTP\r\n")
     try:
         views = site.watch(5)
         assert views.become(21)
@@ -676,7 +677,7 @@ def test_a_port_that_is_held_by_something_else_is_named_and_taken_when_it_is_fre
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     site.listed = (1,)
-    other = FakeDirectory(site, 1, repeat(b"SSH-2.0-Other\r\n"))
+    other = FakeDirectory(site, 1, b"SSH-2.0-Other\r\n")
     site.watch(1)
     where = f"port {site.port} at {site.address(1)} is held by something that is no directory"
     assert eventually(lambda: where in caplog.text)
