@@ -1,9 +1,9 @@
-"""Where a node listens beyond its host."""
+"""Where a node listens beyond its host, on this machine as it is."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
+import socket
 
 import pytest
 
@@ -11,58 +11,73 @@ from onehop.addresses import advertised, bracketed, listening_address, listening
 from onehop.errors import SettingsError
 from onehop.settings import Settings
 
-HERE = "198.51.100.1"  # an address of documentation: no host has it, and packets to it go where all go
+ELSEWHERE = ("198.51.100.7", 9501)  # of a network for documentation: nobody is there, but a route may lead there
 
 
-def outward() -> str:
-    return listening_address(Settings(insecure=True), [(HERE, 1)])
+def route_to(address: str) -> str | None:
+    """The address at which this machine's way to another begins."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
 
 
-def test_address_is_the_one_from_which_the_registry_is_reached() -> None:
-    assert listening_address(Settings(), [("127.0.0.1", 2379)]) == "127.0.0.1"
-    assert listening_address(Settings(), [("::1", 2379)]) == "::1"
-    assert not ipaddress.ip_address(outward()).is_loopback
+@pytest.mark.parametrize("address", ["127.0.0.5", "10.1.2.3", "::1", "2001:db8::5"])
+def test_an_address_that_is_set_is_taken(address: str) -> None:
+    assert listening_address(Settings(address=address, insecure=True), [ELSEWHERE]) == address
 
 
-def test_a_registry_on_this_very_host_is_passed_over_for_one_on_another() -> None:
-    assert listening_address(Settings(insecure=True), [("127.0.0.1", 1), (HERE, 1)]) == outward()
-    # What many systems let their own name mean.
-    assert listening_address(Settings(insecure=True), [("127.0.1.1", 1), (HERE, 1)]) == outward()
-
-
-def test_a_server_whose_name_nobody_knows_is_passed_over() -> None:
-    assert listening_address(Settings(), [("no-such-host.invalid", 1), ("127.0.0.1", 1)]) == "127.0.0.1"
-
-
-def test_without_any_way_to_the_registry_the_error_says_what_to_set() -> None:
-    with pytest.raises(SettingsError, match=r"no-such-host\.invalid: .*set address \(ONEHOP_ADDRESS\)"):
-        listening_address(Settings(), [("no-such-host.invalid", 1)])
+@pytest.mark.parametrize(("network", "address"), [("127.0.0.0/8", "127.0.0.1"), ("::1/128", "::1")])
+def test_in_a_network_it_is_the_address_that_this_host_has_there(network: str, address: str) -> None:
+    assert listening_address(Settings(address=network), [ELSEWHERE]) == address
 
 
 @pytest.mark.parametrize(
-    ("setting", "address"),
-    [("127.0.0.5", "127.0.0.5"), ("127.0.0.0/8", "127.0.0.1"), ("::1", "::1"), ("::1/128", "::1")],
-)
-def test_address_that_is_set_or_lies_in_the_network_that_is_set_is_taken(setting: str, address: str) -> None:
-    assert listening_address(Settings(address=setting), [(HERE, 1)]) == address
-
-
-@pytest.mark.parametrize(
-    ("setting", "told"),
+    ("address", "problem"),
     [
-        ("host-7", "must be an IP address of this host, or a network such as 10.0.0.0/16"),
-        ("10.0.0.0/99", "must be an IP address of this host, or a network"),
-        ("198.51.100.0/24", "this host has no address in that network|cannot reach"),
+        ("203.0.113.0/24", "in which this host has no address"),
+        ("2001:db8::/64", "in which this host has no address"),
+        ("localhost", "a name is no address"),
+        ("10.0.0.0/99", "or a network"),
+        ("0.0.0.0", "nobody can be reached"),
+        ("224.0.0.1", "nobody can be reached"),
     ],
 )
-def test_address_that_cannot_be_is_refused_and_the_error_says_what_could(setting: str, told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
-        listening_address(Settings(address=setting, insecure=True), [(HERE, 1)])
+def test_what_is_no_address_of_this_host_is_refused(address: str, problem: str) -> None:
+    with pytest.raises(SettingsError, match=problem) as raised:
+        listening_address(Settings(address=address, insecure=True), [])
+    assert address in str(raised.value)
+
+
+def test_where_none_is_set_it_is_where_the_way_to_the_first_other_host_begins() -> None:
+    way = route_to(ELSEWHERE[0])
+    towards = [("127.0.0.1", 9501), ELSEWHERE]
+    if way is None:
+        assert listening_address(Settings(insecure=True), towards) == "127.0.0.1"
+    else:
+        assert listening_address(Settings(insecure=True), towards) == way
+        assert listening_address(Settings(insecure=True), [(way, 9501), ELSEWHERE]) == way
+        assert listening_address(Settings(insecure=True), [(way, 9501)]) == way, "there is nobody else"
+
+
+def test_a_list_of_this_host_alone_may_say_that_it_is_loopback() -> None:
+    assert listening_address(Settings(insecure=True), [("127.0.0.3", 9501)]) == "127.0.0.3"
+    assert listening_address(Settings(insecure=True), [("::1", 9501)]) == "::1"
+
+
+def test_hosts_that_no_way_leads_to_are_named() -> None:
+    with pytest.raises(SettingsError, match=r"nobody\.invalid: .*; set address \(ONEHOP_ADDRESS\)"):
+        listening_address(Settings(insecure=True), [("nobody.invalid", 9501)])
+    with pytest.raises(SettingsError, match="there is no other host to reach"):
+        listening_address(Settings(insecure=True), [])
 
 
 def test_beyond_loopback_nothing_listens_without_consent() -> None:
     with pytest.raises(SettingsError, match=r"there are no keys yet.*insecure=True \(ONEHOP_INSECURE=true\)"):
-        listening_address(Settings(), [(HERE, 1)])
+        listening_address(Settings(), [ELSEWHERE])
     with pytest.raises(SettingsError, match=r"10\.9\.8\.7"):
         listening_address(Settings(address="10.9.8.7"), [("127.0.0.1", 1)])
 

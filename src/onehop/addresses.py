@@ -1,89 +1,125 @@
-"""Where a node listens beyond its host: which of this host's addresses, and which ports."""
+"""Where a node listens beyond its host: at which of the host's addresses, and at which ports."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 from collections.abc import Sequence
-from contextlib import closing
 from functools import cache
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from onehop.errors import SettingsError
 from onehop.settings import Settings
 
 _EPHEMERAL, _RESERVED = "/proc/sys/net/ipv4/ip_local_port_range", "/proc/sys/net/ipv4/ip_local_reserved_ports"
-_DISCARD = 9  # a port to name where one is needed; nothing is sent to it
 
 _log = logging.getLogger("onehop")
 
 
 def listening_address(settings: Settings, towards: Sequence[tuple[str, int]]) -> str:
-    """The IP address of this host at which to listen.
+    """The IP address of this host at which others reach it. No packet is sent; names are looked up.
 
-    It is ``settings.address``; or, where that is a network, this host's address in it; or, where it is empty, the
-    address from which the first of ``towards`` that is not this host itself is reached. No packet is sent to find out.
+    It is the setting ``address``; or this host's address in it, where it is a network; or, where it is empty, the
+    address of the route to the first of ``towards`` that is not this host. Where there is nobody else it is this
+    host's own address among them, be it that of loopback if the list says so itself.
 
     Args:
-        settings: ``address`` and ``insecure`` are read.
-        towards: host (a name or an address) and port of each server of the registry.
+        towards: hosts (names or IP addresses) and ports, such as the servers of a registry.
 
     Raises:
-        SettingsError: there is no such address; or it is not of the loopback, and ``insecure`` is not set.
+        SettingsError: the setting is neither, the host has no address in that network, or no route is found; or others
+            could reach the address, and ``insecure`` is not set.
     """
-    address = _chosen(settings.address) if settings.address else _towards(towards)
-    if not ipaddress.ip_address(address).is_loopback:
+    address = _chosen(settings.address) if settings.address else _on_the_way(towards)
+    if not ip_address(address).is_loopback:
         _consent(settings, address)
     return address
 
 
-def _chosen(setting: str) -> str:
+def _chosen(text: str) -> str:
     try:
-        if "/" not in setting:
-            return str(ipaddress.ip_address(setting))
-        network = ipaddress.ip_network(setting, strict=False)
+        address = ip_address(text)
+    except ValueError:
+        return _within(text)
+    if address.is_unspecified or address.is_multicast:
+        raise SettingsError(f"address is {text!r}, at which nobody can be reached; name one of this host's addresses")
+    return str(address)
+
+
+def _within(text: str) -> str:
+    try:
+        network = ip_network(text, strict=False)
     except ValueError:
         raise SettingsError(
-            f"address is {setting!r}; it must be an IP address of this host, or a network such as 10.0.0.0/16"
+            f"address is {text!r}; it must be an IP address of this host, such as 10.0.0.5, or a network in which it "
+            f"has one, such as 10.0.0.0/16 (a name is no address: it may mean another one on each host)"
         ) from None
-    try:
-        found = _source(str(network[min(1, network.num_addresses - 1)]))
-    except OSError as error:
-        raise SettingsError(f"address is {setting!r}, a network that this host cannot reach: {error}") from None
-    if ipaddress.ip_address(found) not in network:
+    first = network[1] if network.num_addresses > 2 else network[0]  # the very first of IPv4 is for broadcasts
+    found = _source(first, 9)
+    if found is None or found not in network:
         raise SettingsError(
-            f"address is {setting!r}, and this host has no address in that network: it would reach it from {found}"
+            f"address is the network {text}, in which this host has no address"
+            + (f" (its way there begins at {found})" if found else "")
+            + "; name one that `ip address` shows"
         )
-    return found
+    return str(found)
 
 
-def _towards(servers: Sequence[tuple[str, int]]) -> str:
-    own, problems = "", []
-    for host, _port in servers:
+def _on_the_way(towards: Sequence[tuple[str, int]]) -> str:
+    own: list[str] = []
+    failures: list[str] = []
+    for host, port in towards:
         try:
-            for *_, place in socket.getaddrinfo(host, _DISCARD, type=socket.SOCK_DGRAM):
-                target = str(place[0])
-                found = _source(target)
-                if found != target and not ipaddress.ip_address(target).is_loopback:  # else it is this host
-                    return found
-                if not own or ipaddress.ip_address(own).is_loopback:
-                    own = found
+            found = resolve(host, port)
         except OSError as error:
-            problems.append(f"{host}: {error}")
+            failures.append(f"{host}: {error.strerror}")
+            continue
+        for address in found:
+            source = _source(address, port)
+            if source is None:
+                failures.append(f"{host}: no route to {address}")
+            elif address.is_loopback and not (_is_address(host) or host == "localhost"):
+                failures.append(f"{host}: means {address} here, which leads nobody else to this host")
+            elif address.is_loopback or source == address:
+                own.append(str(address))
+            else:
+                return str(source)
     if own:
-        return own
+        return own[0]
     raise SettingsError(
-        f"no address of this host leads to the registry ({'; '.join(problems)}): set address (ONEHOP_ADDRESS) to "
-        "the one at which others reach this host"
+        "no address of this host is found at which others reach it: "
+        + ("; ".join(failures) or "there is no other host to reach")
+        + "; set address (ONEHOP_ADDRESS) to one of its addresses, or to a network such as 10.0.0.0/16"
     )
 
 
-def _source(target: str) -> str:
-    """The address from which this host would send to ``target``."""
-    family = socket.AF_INET6 if ":" in target else socket.AF_INET
-    with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
-        probe.connect((target, _DISCARD))
-        return str(probe.getsockname()[0])
+def resolve(host: str, port: int) -> list[IPv4Address | IPv6Address]:
+    """The addresses that ``host`` means now, in the system's order. Waits for the system's resolver.
+
+    Raises:
+        OSError: it means none.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(ip_address(str(each[4][0]).partition("%")[0]) for each in found))
+
+
+def _source(address: IPv4Address | IPv6Address, port: int) -> IPv4Address | IPv6Address | None:
+    """The address of this host from which the way to ``address`` begins."""
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(address), port))
+            return ip_address(str(probe.getsockname()[0]).partition("%")[0])
+    except OSError:
+        return None
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _consent(settings: Settings, address: str) -> None:
@@ -113,7 +149,7 @@ def advertised(endpoints: Sequence[str], address: str) -> tuple[str, ...]:
     if not address:
         return tuple(endpoints)
     try:
-        host = bracketed(str(ipaddress.ip_address(address)))
+        host = bracketed(str(ip_address(address)))
     except ValueError:
         raise SettingsError(f"advertise is {address!r}; it must be an IP address") from None
     return tuple(f"tcp://{host}:{each.rpartition(':')[2]}" if each.startswith("tcp://") else each for each in endpoints)

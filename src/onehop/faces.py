@@ -11,6 +11,7 @@ from onehop.errors import Rejected, SettingsError, WireError
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
 from onehop.protocol.calls import FAILED, Call
+from onehop.protocol.tree import SERVICE as RELAYS
 from onehop.registry import open_registry
 from onehop.registry.local import LocalRegistry
 from onehop.settings import Settings
@@ -243,6 +244,8 @@ def checked_name(service: str, server: str = "") -> str:
     """
     if not isinstance(service, str) or not service:
         raise SettingsError(f"service is {service!r}; it must be a name, such as 'clock'")
+    if service == RELAYS:
+        raise SettingsError(f"{service!r} is where nodes ask relays to pass fan-outs on; take another name")
     try:
         wire.names(service, server, "")
     except WireError as error:

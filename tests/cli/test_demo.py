@@ -18,6 +18,7 @@ import pytest
 
 from onehop.cli.demo import without_warnings
 from onehop.cli.demo_ledger import Ledger, Outage, Writer, percentile
+from onehop.testing.hosts import Hosts
 
 
 def processes_of_the_demo(parent: int) -> list[int]:
@@ -34,7 +35,11 @@ def processes_of_the_demo(parent: int) -> list[int]:
 def directory_of(child: int) -> Path:
     """The demo's own directory."""
     environment = Path(f"/proc/{child}/environ").read_bytes().decode()
-    return Path(environment.split("ONEHOP_RUN_DIRECTORY=")[1].split("\0")[0]).parent
+    return Path(environment.split("ONEHOP_RUN_DIRECTORY=")[-1].split("\0")[0]).parent
+
+
+def arguments_of(child: int) -> list[str]:
+    return Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
 
 
 def gone(pid: int) -> bool:
@@ -142,6 +147,38 @@ def test_processes_end_when_the_demo_is_killed(
     process.kill()
     eventually(lambda: all(map(gone, children)), 30)
     shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_demo_on_hosts_leaves_nothing_behind(
+    start: Callable[..., subprocess.Popen[str]],
+    eventually: Callable[..., None],
+    onehop_hosts: Callable[..., Hosts],
+    number: int,
+) -> None:
+    onehop_hosts(1)  # skips where there can be none
+    process = start("demo", "--hosts", 3, "--seconds", 30, "--url", "zmq:///demo")
+    assert process.stdout is not None
+    assert "starting 10 processes" in process.stdout.readline()
+    children: list[int] = []
+    places: list[Path] = []
+
+    def all_there() -> bool:
+        children[:] = processes_of_the_demo(process.pid)
+        places[:] = {place for place in map(directory_of, children) if place.name.startswith("host-")}
+        return len(children) == 11 and len(places) == 3  # ten, and the switch between the hosts
+
+    eventually(all_there, 30)
+    (directory,) = {place.parent for place in places}
+    (ledger,) = {each for child in children for each in arguments_of(child) if "/oh-demo-" in each}
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    eventually(lambda: all(map(gone, children)), 30)
+    assert not directory.exists()
+    if number == signal.SIGINT:
+        assert not Path(ledger).exists()
+    else:
+        shutil.rmtree(ledger)
 
 
 def test_messages_are_as_large_as_novas() -> None:

@@ -37,10 +37,11 @@ def test_hello_names_who_is_wanted_and_where_numbers_begin(strangers: Any) -> No
     assert not wire.header(frame).flags & wire.ANSWER
 
 
-def test_peer_that_is_connected_or_rests_is_not_connected_to_again(talk: Any) -> None:
+def test_peer_that_is_connected_is_not_connected_to_again(talk: Any) -> None:
     assert talk.caller.connect(talk.peer, 0.0) is None
     talk.lose()
     assert talk.peer.state == states.RESTING
+    assert talk.caller.connect(talk.peer, 0.0) is not None
     assert talk.caller.connect(talk.peer, 0.0) is None
 
 
@@ -49,7 +50,6 @@ def test_window_of_the_node_holds_on_every_connection(converse: Callable[..., An
     for _ in range(2):
         assert (talk.peer.calls.messages, talk.peer.calls.large_bytes) == (3, 10**6)
         talk.lose()
-        talk.caller.handle_timer(100.0)
         talk.connect(100.0)
 
 
@@ -125,7 +125,6 @@ def test_late_reply_after_reconnection_is_counted_and_reaches_nobody(talk: Any) 
     talk.request()
     [old] = talk.moved
     talk.lose(now=0.0)
-    talk.caller.handle_timer(100.0)
     talk.connect(100.0)
     new = talk.request()
     talk.deliver(wire.answer(wire.REPLY, 0, old.id, b"late"))
@@ -160,10 +159,10 @@ def test_peer_is_a_route_from_its_record_to_its_loss_and_again_after_its_pause(s
     assert offered() == 1
     strangers.lose(now=10.0)
     assert offered() == 0
-    before = strangers.caller.routes
-    strangers.caller.handle_timer(10.0)
-    assert strangers.caller.routes is before
-    strangers.caller.handle_timer(20.0)
+    assert strangers.caller.handle_timer(10.0) == []
+    assert strangers.caller.handle_timer(20.0) == [strangers.peer]
+    assert offered() == 0, "not before it has answered"
+    strangers.connect(20.0)
     assert offered() == 1
     strangers.caller.learn([])
     assert offered() == 0
@@ -201,11 +200,16 @@ def test_record_that_stands_twice_in_a_view_counts_once(strangers: Any) -> None:
     assert len(strangers.caller.routes.of("clock")) == 1
 
 
-def test_resting_peers_are_tried_when_everybody_is_to_be_reached(talk: Any) -> None:
+def test_receivers_of_a_fan_out_are_all_who_are_known_reachable_or_not(talk: Any) -> None:
+    assert [route.peer for route in talk.caller.receivers("clock")] == [talk.peer]
     talk.caller.lost(talk.peer, "the connection ended", 0.0)
     assert talk.caller.routes.of("clock") == ()
-    talk.caller.rouse()
-    assert [route.peer for route in talk.caller.routes.of("clock")] == [talk.peer]
+    (route,) = talk.caller.receivers("clock")
+    assert route.peer is talk.peer
+    assert talk.caller.receivers("clock", route.server) == (route,)
+    assert talk.caller.receivers("clock", "another") == talk.caller.receivers("lock") == ()
+    talk.caller.connect(talk.peer, 0.0)
+    assert talk.caller.receivers("clock") == (route,), "while it is tried again too"
 
 
 def record(number: int, services: tuple[str, ...]) -> Record:

@@ -15,7 +15,7 @@ from onehop.protocol.calls import Call
 from onehop.protocol.peers import FIRST_PAUSE, LONGEST_PAUSE, TRANSITIONS, USABLE, Peer, PeerTable
 
 EVENTS = [
-    states.CONNECT, states.HELLO, states.GOODBYE, states.LOST, states.RESTED, states.FORGOTTEN,
+    states.CONNECT, states.HELLO, states.GOODBYE, states.LOST, states.FORGOTTEN,
     states.IDLE, states.REPLACED, states.HELD_BACK,
 ]  # fmt: skip
 WAYS = {
@@ -170,7 +170,6 @@ def pause_after(failures: int, random: float) -> float:
     for _ in range(failures):
         peers.event(peer, states.CONNECT)
         peers.event(peer, states.LOST, now=100.0)
-        peers.event(peer, states.RESTED)
     return peer.rested_at - 100.0
 
 
@@ -188,7 +187,7 @@ def test_success_makes_the_next_pause_short_again() -> None:
     peers = table(1)
     peer = only(peers)
     for _ in range(5):
-        for event in (states.CONNECT, states.LOST, states.RESTED):
+        for event in (states.CONNECT, states.LOST):
             peers.event(peer, event)
     assert peer.failures == 5
     peers.event(peer, states.CONNECT)
@@ -201,10 +200,21 @@ def test_rested_peer_is_tried_again_at_its_time_and_not_before() -> None:
     first, second = peers.peers.values()
     peers.event(first, states.CONNECT)
     peers.event(first, states.LOST, now=10.0)
-    assert peers.handle_timer(first.rested_at - 0.001) == []
-    assert first.state == states.RESTING
-    assert peers.handle_timer(first.rested_at) == [first]
-    assert (first.state, second.state) == (states.KNOWN, states.KNOWN)
+    assert peers.due(first.rested_at - 0.001) == []
+    assert peers.due(first.rested_at) == [first]
+    assert (first.state, second.state) == (states.RESTING, states.KNOWN)
+
+
+def test_peer_that_failed_is_usable_again_when_it_has_answered_and_not_before() -> None:
+    peers = table(1)
+    peer = only(peers)
+    for event, usable in (
+        (states.CONNECT, True), (states.LOST, False), (states.CONNECT, False), (states.LOST, False),
+        (states.CONNECT, False), (states.HELLO, True), (states.IDLE, True),
+    ):  # fmt: skip
+        assert peers.event(peer, event)
+        assert peer.usable == usable
+        assert (peer.id in peers.away) == (not usable)
 
 
 # Numbers and tables of calls ----------------------------------------------------------------------
@@ -282,8 +292,7 @@ def test_who_fails_again_waits_with_full_jitter_over_twice_the_time_of_the_crowd
         peer = only(peers)
         lose(peers, peer, 1_000)
         turn = peer.turn
-        for event in (states.RESTED, states.CONNECT):
-            peers.event(peer, event, 50.0)
+        peers.event(peer, states.CONNECT, 50.0)
         peers.event(peer, states.LOST, 50.0)
         assert peer.rested_at == pytest.approx(50.0 + random * 2 * turn)
 
@@ -299,8 +308,10 @@ def test_a_server_started_anew_is_held_back_until_our_turn_where_there_is_a_crow
         assert heir.rested_at == pytest.approx(10.0 + 5.0)
         assert peers.expected("clock", "") == peers.expected("clock", "a") == heir.rested_at
         assert peers.expected("clock", "b") == peers.expected("lock", "") == states.NEVER
-        assert peers.handle_timer(14.9) == []
-        assert peers.handle_timer(15.1) == [heir]
+        assert peers.due(14.9) == []
+        assert peers.due(15.1) == [heir]
+        assert peers.event(heir, states.CONNECT)
+        assert heir.usable, "nothing is wrong with it"
     assert peers.expected("clock", "") == states.NEVER
 
 

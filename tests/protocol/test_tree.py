@@ -133,7 +133,7 @@ def test_a_peer_whose_record_is_gone_passes_nothing_on() -> None:
 # What they say to each other ----------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.text(max_size=20), st.text(max_size=20), st.lists(st.text()))), st.binary())
+@given(st.lists(st.tuples(st.text(max_size=20), st.text(max_size=20), st.lists(st.text(), min_size=1))), st.binary())
 def test_a_request_comes_back_as_it_went(told: list[tuple[str, str, list[str]]], body: bytes) -> None:
     receivers = [
         tree.Receiver(number.to_bytes(16, "big").hex(), server, host, tuple(endpoints))
@@ -145,8 +145,16 @@ def test_a_request_comes_back_as_it_went(told: list[tuple[str, str, list[str]]],
     assert (service, method, found, bytes(rest)) == ("clock", "set", receivers, body)
 
 
+def test_what_is_said_is_what_the_page_says() -> None:
+    receivers = [tree.Receiver(bytes(range(16)).hex(), "a", "host-7", ("tcp://10.0.0.7:9502",))]
+    assert tree.request("clock", "set", receivers, b"body") == (
+        b'\x5b\0\0\0["clock","set",[["000102030405060708090a0b0c0d0e0f","a","host-7",["tcp://10.0.0.7:9502"]]]]body'
+    )
+    assert tree.receipts([tree.Receipt(tree.REFUSED, 0.5, "full", "no room")]) == b'[["refused",0.5,"full","no room"]]'
+
+
 def test_names_that_are_no_text_come_back_too() -> None:
-    receivers = [tree.Receiver("00" * 16, "a\udcff", "h", ())]
+    receivers = [tree.Receiver("00" * 16, "a\udcff", "h", ("e",))]
     assert tree.parse_request(tree.request("cl\udcfe", "m", receivers, b""))[:3] == ("cl\udcfe", "m", receivers)
 
 
@@ -160,11 +168,12 @@ def head(value: object) -> bytes:
     [
         b"", b"\1\0\0", b"\xff\xff\xff\xff", b"\2\0\0\0[", b"\3\0\0\0\xff\xff\xff", head(None), head(7),
         head(["a", "b"]), head(["a", "b", [1]]), head(["a", "b", [["00" * 16, "s", "h"]]]),
-        head(["a", "b", [["00" * 15, "s", "h", []]]]),
-        head(["a", "b", [["zz" * 16, "s", "h", []]]]), head(["a", "b", [[7, "s", "h", []]]]),
-        head(["a", "b", [["00" * 16, 7, "h", []]]]), head(["a", "b", [["00" * 16, "s", 7, []]]]),
+        head(["a", "b", [["00" * 15, "s", "h", ["e"]]]]),
+        head(["a", "b", [["00" * 16, "s", "h", []]]]),
+        head(["a", "b", [["zz" * 16, "s", "h", ["e"]]]]), head(["a", "b", [[7, "s", "h", ["e"]]]]),
+        head(["a", "b", [["00" * 16, 7, "h", ["e"]]]]), head(["a", "b", [["00" * 16, "s", 7, ["e"]]]]),
         head(["a", "b", [["00" * 16, "s", "h", [7]]]]), head(["a", "b", [["00" * 16, "s", "h", 7]]]),
-        head(["a", "b", [["00" * 16, "s" * 256, "h", []]]]), head(["a" * 256, "b", [["00" * 16, "s", "h", []]]]),
+        head(["a", "b", [["00" * 16, "s" * 256, "h", ["e"]]]]), head(["a" * 256, "b", [["00" * 16, "s", "h", ["e"]]]]),
         struct.pack("<I", 100_000) + b"[" * 100_000,
     ],
 )  # fmt: skip
@@ -243,7 +252,7 @@ def test_a_peer_that_could_not_be_connected_to_is_forgotten_too() -> None:
     protocol.connect(peer, 0.0)
     protocol.lost(peer, "nobody listens there", 1.0)
     assert not protocol.peers.peers
-    assert not protocol.peers.resting
+    assert not protocol.peers.away
 
 
 def test_what_the_registry_says_of_a_peer_stands_before_what_others_say() -> None:

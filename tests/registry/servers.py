@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 START_WITHIN = 30.0  # seconds; the machine may be busy
 
@@ -137,7 +139,7 @@ class Redis(Server):
         return ("redis-server", "--port", str(self.port), "--dir", str(self.directory), *common, *self.options)
 
     def client(self, **options: Any) -> redis.Redis:
-        return redis.Redis(port=self.port, socket_timeout=1.0, **options)
+        return redis.Redis(port=self.port, socket_timeout=1.0, retry=Retry(NoBackoff(), 0), **options)
 
     def answers(self) -> bool:
         try:

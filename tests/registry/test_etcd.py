@@ -9,7 +9,6 @@ import ssl
 import subprocess
 import threading
 import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,16 +16,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tests.registry.etcd_server import Etcd, Member
+from tests.registry.etcd_server import Etcd, EtcdCluster, encoded
+from tests.registry.outages import Outages
 
 from onehop.errors import RegistryError, SettingsError
 from onehop.registry import open_registry
 from onehop.registry.etcd import OPTIONS, PAGE, PORT, EtcdStore
-from onehop.registry.leased import LeaseLost, StoreAway, quoted
+from onehop.registry.leased import LeaseLost, StoreAway, quoted, unquoted
 from onehop.registry.urls import parse
 from onehop.settings import Settings
 
-LEASE = 2.0  # seconds; etcd gives none that are shorter
+LEASE = 1.0  # seconds; etcd gives none that are shorter
 WITHIN = 20.0  # seconds: longer than anything takes on a busy machine
 
 Eventually = Callable[..., None]
@@ -62,21 +62,21 @@ def one_server() -> Iterator[Etcd]:
 @pytest.fixture
 def etcd(one_server: Etcd) -> Etcd:
     """A server that runs, whatever the test before did to it."""
-    one_server.start()
+    if one_server.process is None:
+        one_server.start()
     return one_server
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Etcd]:
-    with Etcd(3) as members:
-        yield members
+def one_cluster() -> Iterator[EtcdCluster]:
+    with EtcdCluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture
-def three(cluster: Etcd) -> Etcd:
-    """A cluster of three that runs, whatever the test before did to it."""
-    cluster.start()
-    return cluster
+def three(one_cluster: EtcdCluster) -> EtcdCluster:
+    """A cluster of three that run, whatever the test before did to them."""
+    return one_cluster.start()
 
 
 class Stores:
@@ -110,19 +110,18 @@ def stores(request: pytest.FixtureRequest) -> Iterator[Stores]:
     assert {each for each in threading.enumerate() if each.name == "onehop-etcd"} <= before
 
 
-def keys(etcd: Etcd, stores: Stores) -> list[str]:
-    """The keys of this test's realm, from the service on."""
-    root = f"/onehop/{quoted(stores.realm)}/services/"
-    return [each.removeprefix(root) for each in etcd.keys(root)]
-
-
-def full_key(stores: Stores, rest: str) -> str:
+def key(stores: Stores, rest: str) -> str:
+    """A key of this test's realm; ``rest`` is what follows ``services/``."""
     return f"/onehop/{quoted(stores.realm)}/services/{rest}"
 
 
-def connections(cluster: Etcd) -> list[socket.socket]:
-    """What this process has open to the members; each is a twin, to be closed."""
-    ports = [member.port for member in cluster.members]
+def keys(etcd: Etcd, stores: Stores) -> list[str]:
+    """The keys of this test's realm, from the service on."""
+    return etcd.keys(key(stores, ""))
+
+
+def connections(*ports: int) -> list[socket.socket]:
+    """What this process has open to servers at these ports; each is a twin, to be closed."""
     paths = [f"/proc/self/fd/{each}" for each in os.listdir("/proc/self/fd")]
     descriptors = {os.readlink(each): int(Path(each).name) for each in paths if os.path.lexists(each)}
     found = []
@@ -143,17 +142,17 @@ def port_of(connected: socket.socket) -> int:
         return 0
 
 
-def connected_ports(cluster: Etcd) -> list[int]:
-    ports = []
-    for each in connections(cluster):
-        ports.append(port_of(each))
-        each.close()
-    return ports
+def connected_ports(*ports: int) -> list[int]:
+    found = []
+    for each in connections(*ports):
+        with each:
+            found.append(port_of(each))
+    return found
 
 
-def used(cluster: Etcd) -> Member:
+def used(cluster: EtcdCluster) -> Etcd:
     """The member with which this process is connected."""
-    ports = set(connected_ports(cluster))
+    ports = set(connected_ports(*(each.port for each in cluster.members)))
     (member,) = [each for each in cluster.members if each.port in ports]
     return member
 
@@ -211,6 +210,10 @@ class Relay:
             return False
 
 
+class TestEtcd(Outages):
+    server_class = Etcd
+
+
 # --- what is told ---
 
 
@@ -230,9 +233,9 @@ def test_a_service_is_never_taken_for_another_that_begins_like_it(
     etcd: Etcd, stores: Stores, eventually: Eventually
 ) -> None:
     services = ["a", "ab", "a/b", "a0", "a%2Fb", "a.", ".", "..", "ä", "a b", "A", "a/"]
-    server, _ = stores.connected(etcd.url())
-    other, _ = stores.connected(etcd.url(), realm=stores.realm + "/services")
-    longer, _ = stores.connected(etcd.url(), realm=stores.realm + "0")
+    server, _ = stores.connected(etcd.url(), lease=60.0)
+    other, _ = stores.connected(etcd.url(), realm=stores.realm + "/services", lease=60.0)
+    longer, _ = stores.connected(etcd.url(), realm=stores.realm + "0", lease=60.0)
     client, heard = stores.connected(etcd.url())
     for each in (server, other, longer):
         each.publish("n0", {service: service.encode() for service in services})
@@ -242,6 +245,17 @@ def test_a_service_is_never_taken_for_another_that_begins_like_it(
         each.publish("n0", dict.fromkeys(services, b"changed"))
     eventually(lambda: len(heard.changes) >= len(services), WITHIN)
     assert sorted(heard.changes) == sorted(Change(service, "n0", b"changed") for service in services)
+
+
+def test_each_of_many_services_is_told_of(etcd: Etcd, stores: Stores, eventually: Eventually) -> None:
+    server, _ = stores.connected(etcd.url(), lease=60.0)
+    client, heard = stores.connected(etcd.url())
+    services = [f"service {number:02}" for number in range(40)]
+    for service in services:  # each time one question more is asked of the same stream
+        client.follow(service)
+    server.publish("n0", dict.fromkeys(services, b"1"))
+    eventually(lambda: len(heard.changes) == len(services), WITHIN)
+    assert sorted(heard.changes) == [Change(service, "n0", b"1") for service in services]
 
 
 def test_whoever_follows_all_services_hears_of_all_once(etcd: Etcd, stores: Stores, eventually: Eventually) -> None:
@@ -295,16 +309,17 @@ def test_the_end_of_a_lease_is_not_told_as_a_withdrawal(etcd: Etcd, stores: Stor
 
 def test_what_is_none_of_ours_is_told_as_it_is(etcd: Etcd, stores: Stores, eventually: Eventually) -> None:
     client, heard = stores.connected(etcd.url())
-    etcd.put(full_key(stores, "a/before"), "no record")
+    etcd.put(key(stores, "a/before"), "no record")
     assert client.follow("a") == {("a", "before"): b"no record"}
-    for rest in ("a/b/c", "a/", "a/n\u00fc"):
-        etcd.put(full_key(stores, rest), "garbage")
-    etcd.delete(full_key(stores, "a/before"))
-    eventually(lambda: len(heard.changes) == 4, WITHIN)
+    for rest in ("a/b/c", "a/", "a/nü", "a/%ff%"):
+        etcd.put(key(stores, rest), "garbage")
+    etcd.delete(key(stores, "a/before"))
+    eventually(lambda: len(heard.changes) == 5, WITHIN)
     assert heard.changes == [
         Change("a", "b/c", b"garbage"),
         Change("a", "", b"garbage"),
-        Change("a", "n\u00fc", b"garbage"),
+        Change("a", "nü", b"garbage"),
+        Change("a", unquoted("%ff%"), b"garbage"),
         Change("a", "before", None),
     ]
     assert not heard.broken
@@ -313,7 +328,7 @@ def test_what_is_none_of_ours_is_told_as_it_is(etcd: Etcd, stores: Stores, event
 def test_nothing_is_missed_or_told_twice_while_the_stream_is_opened_again(
     etcd: Etcd, stores: Stores, eventually: Eventually
 ) -> None:
-    changes, services = 3_000, 30
+    changes, services = 2_000, 20
     client, heard = stores.connected(etcd.url())
     client.follow("busy")
     started = threading.Event()
@@ -344,7 +359,7 @@ def test_many_values_are_read_as_of_one_moment(etcd: Etcd, stores: Stores, event
     count = 2 * PAGE + 1
     for first in range(0, count, 100):
         puts = [
-            {"request_put": {"key": encoded(full_key(stores, f"a/{number:05}")), "value": "MA=="}}
+            {"request_put": {"key": encoded(key(stores, f"a/{number:05}")), "value": "MA=="}}
             for number in range(first, min(first + 100, count))
         ]
         etcd.call("kv/txn", success=puts)
@@ -360,10 +375,6 @@ def test_a_node_of_many_services_is_published_whole(etcd: Etcd, stores: Stores) 
     assert len(keys(etcd, stores)) == 250
     server.publish("n0", {"s0": b"1"})
     assert keys(etcd, stores) == ["s0/n0"]
-
-
-def encoded(text: str) -> str:
-    return b64encode(text.encode()).decode()
 
 
 # --- leases ---
@@ -408,7 +419,7 @@ def test_a_key_that_somebody_deleted_is_missed_and_put_again(etcd: Etcd, stores:
     server, _ = stores.connected(etcd.url())
     server.publish("n0", {"a": b"1", "b": b"1"})
     server.keep()
-    etcd.delete(full_key(stores, "b/n0"))
+    etcd.delete(key(stores, "b/n0"))
     with pytest.raises(LeaseLost, match="a key of ours is gone"):
         server.keep()
     server.publish("n0", {"a": b"1", "b": b"1"})
@@ -435,7 +446,7 @@ def test_a_killed_server_is_noticed_at_once_and_found_again(etcd: Etcd, stores: 
     client.follow("a")
     etcd.stop()
     eventually(lambda: heard.broken, WITHIN)
-    with pytest.raises(StoreAway, match=rf"etcd at 127.0.0.1:{etcd.members[0].port}.*refused"):
+    with pytest.raises(StoreAway, match=rf"etcd at 127.0.0.1:{etcd.port}.*refused"):
         client.connect(heard)
     with pytest.raises(StoreAway):
         server.keep()
@@ -508,10 +519,10 @@ def test_lost_data_is_put_again(etcd: Etcd, stores: Stores, eventually: Eventual
 
 
 def test_another_cluster_at_the_same_address_is_not_taken_for_the_first(stores: Stores, eventually: Eventually) -> None:
-    with Etcd() as first, Etcd() as second, closing(Relay(first.members[0].port)) as switch:
+    with Etcd() as first, Etcd() as second, closing(Relay(first.port)) as switch:
         client, heard = stores.connected(f"etcd://127.0.0.1:{switch.port}/")
         client.follow("a")
-        switch.target = second.members[0].port
+        switch.target = second.port
         switch.cut_first()  # that of the requests
         with pytest.raises(StoreAway, match="another cluster"):
             client.keep()
@@ -522,7 +533,7 @@ def test_another_cluster_at_the_same_address_is_not_taken_for_the_first(stores: 
 
 
 def test_a_full_database_is_away_for_writing_until_it_is_mended(stores: Stores) -> None:
-    with Etcd(1, "--quota-backend-bytes", str(1024 * 1024)) as etcd:
+    with Etcd("--quota-backend-bytes", str(1024 * 1024)) as etcd:
         server, _ = stores.connected(etcd.url(), lease=60.0)
         client, heard = stores.connected(etcd.url())
         server.publish("n0", {"a": b"1"})
@@ -551,14 +562,14 @@ def test_a_full_database_is_away_for_writing_until_it_is_mended(stores: Stores) 
 
 @pytest.mark.parametrize("hang", [False, True])
 def test_a_member_that_goes_is_left_for_another_and_the_lease_lives(
-    three: Etcd, stores: Stores, eventually: Eventually, hang: bool
+    three: EtcdCluster, stores: Stores, eventually: Eventually, hang: bool
 ) -> None:
     client, heard = stores.connected(three.url(), lease=10.0)
     client.publish("n0", {"a": b"1"})
     client.follow("a")
     member = used(three)
     other = next(each for each in three.members if each is not member)
-    member.pause() if hang else member.end()
+    member.pause() if hang else member.stop()
     try:
         began = time.monotonic()
         eventually_kept(client, began + WITHIN)
@@ -586,14 +597,16 @@ def eventually_kept(store: EtcdStore, deadline: float) -> None:
             assert time.monotonic() < deadline
 
 
-def test_a_member_cut_off_from_its_cluster_counts_as_away(three: Etcd, stores: Stores, eventually: Eventually) -> None:
+def test_a_member_cut_off_from_its_cluster_counts_as_away(
+    three: EtcdCluster, stores: Stores, eventually: Eventually
+) -> None:
     client, heard = stores.connected(three.url(), lease=60.0)
     client.publish("n0", {"a": b"1"})
     client.follow("a")
     member = used(three)
     for each in three.members:
         if each is not member:
-            each.end()
+            each.stop()
     try:
         eventually(lambda: heard.broken, WITHIN)
         with pytest.raises(StoreAway):
@@ -627,7 +640,7 @@ def test_a_wrong_url_is_explained(url: str, problem: str) -> None:
 
 def test_users_passwords_and_permissions_are_asked_for_by_name(stores: Stores, eventually: Eventually) -> None:
     with Etcd() as etcd:
-        port = etcd.members[0].port
+        port = etcd.port
         with pytest.raises(RegistryError, match="take the user out of the registry's URL"):
             stores.open(f"etcd://nova:secret@127.0.0.1:{port}/").connect(Heard())
         for user in ("root", "nova"):
@@ -650,7 +663,7 @@ def test_users_passwords_and_permissions_are_asked_for_by_name(stores: Stores, e
 
         def grant(kind: str) -> None:
             everything = {"key": encoded("/onehop/"), "range_end": encoded("/onehop0"), "permType": kind}
-            etcd.members[0].call("auth/role/grant", token, name="onehop", perm=everything)
+            etcd.call("auth/role/grant", token, name="onehop", perm=everything)
 
         grant("READ")
         client, heard = stores.connected(f"etcd://nova:secret@127.0.0.1:{port}/")
@@ -701,7 +714,7 @@ def test_a_good_server_is_found_beside_one_that_is_none(etcd: Etcd, stores: Stor
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         try:
             for _ in range(8):  # whichever it begins with
-                stores.connected(f"etcd://127.0.0.1:{server.server_port},127.0.0.1:{etcd.members[0].port}/")
+                stores.connected(f"etcd://127.0.0.1:{server.server_port},127.0.0.1:{etcd.port}/")
         finally:
             server.shutdown()
 
@@ -731,8 +744,8 @@ def test_over_tls_with_certificates_of_both_sides(stores: Stores, tmp_path: Path
     ours.load_cert_chain(tmp_path / "client.pem", tmp_path / "client.key")
     files = {"cert-file": "server.pem", "key-file": "server.key", "trusted-ca-file": "ca.pem"}
     options = [part for name, file in files.items() for part in (f"--{name}", str(tmp_path / file))]
-    with Etcd(1, *options, "--client-cert-auth", context=ours) as etcd:
-        place = f"etcd://127.0.0.1:{etcd.members[0].port}/"
+    with Etcd(*options, "--client-cert-auth", context=ours) as etcd:
+        place = f"etcd://127.0.0.1:{etcd.port}/"
         known, own = f"ca={tmp_path}/ca.pem", f"cert={tmp_path}/client.pem&key={tmp_path}/client.key"
         client, heard = stores.connected(f"{place}?tls=1&{known}&{own}")
         client.follow("a")
@@ -768,7 +781,7 @@ def test_a_forked_child_lets_go_and_the_parent_hears_on(etcd: Etcd, stores: Stor
     if child == 0:
         client.forget()
         client.close()  # which has nothing left to end
-        os._exit(len(connected_ports(etcd)))
+        os._exit(len(connected_ports(etcd.port)))
     assert os.waitpid(child, 0)[1] == 0
     client.keep()
     client.publish("n0", {"a": b"2"})
@@ -777,18 +790,18 @@ def test_a_forked_child_lets_go_and_the_parent_hears_on(etcd: Etcd, stores: Stor
 
 
 def test_a_store_has_two_connections_and_gives_both_back(etcd: Etcd, stores: Stores) -> None:
-    port = etcd.members[0].port
+    port = etcd.port
     client = stores.open(etcd.url())
-    assert connected_ports(etcd) == []
+    assert connected_ports(etcd.port) == []
     client.connect(Heard())
-    assert connected_ports(etcd) == [port]
+    assert connected_ports(etcd.port) == [port]
     for number in range(20):
         client.follow(f"s{number}")
         client.publish("n0", {"a": b"%d" % number})
-    assert connected_ports(etcd) == [port, port]
+    assert connected_ports(etcd.port) == [port, port]
     client.close()
     client.close()
-    assert connected_ports(etcd) == []
+    assert connected_ports(etcd.port) == []
     assert keys(etcd, stores) == []
 
 
@@ -796,7 +809,7 @@ def test_a_dead_network_under_the_stream_is_noticed_within_a_lease(etcd: Etcd, s
     client, _ = stores.connected(etcd.url(), lease=6.0)
     client.follow("a")
     noticed_after = []
-    for each in connections(etcd):
+    for each in connections(etcd.port):
         with each:
             if each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
                 idle, between, probes = (

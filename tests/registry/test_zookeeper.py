@@ -12,13 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 from kazoo.security import make_digest_acl
-from tests.registry import zookeeper_server
-from tests.registry.zookeeper_server import ZooKeeperServer, client
+from tests.registry.outages import Outages
+from tests.registry.servers import free_port
+from tests.registry.zookeeper_server import ZooKeeper, client, ensemble
 
 from onehop.errors import RegistryError, SettingsError
 from onehop.interfaces import Record
@@ -26,22 +28,14 @@ from onehop.registry.leased import LeasedRegistry, LeaseLost, StoreAway
 from onehop.registry.urls import parse
 from onehop.registry.zookeeper import CONNECT_PATIENCE, LIMIT, ZooKeeperStore, open_registry
 from onehop.settings import Settings
-from onehop.testing.contracts import check_registry
 
 LEASE = 1.0
 Eventually = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[ZooKeeperServer]:
-    """A server for those who leave it as it was; each test has a realm of its own."""
-    with zookeeper_server.server() as running:
-        yield running
-
-
-@pytest.fixture
-def own() -> Iterator[ZooKeeperServer]:
-    with zookeeper_server.server() as running:
+def server() -> Iterator[ZooKeeper]:
+    with ZooKeeper() as running:
         yield running
 
 
@@ -71,7 +65,7 @@ class Told:
 class Stores:
     """Stores of one realm; all are closed at the end."""
 
-    def __init__(self, server: ZooKeeperServer, realm: str) -> None:
+    def __init__(self, server: ZooKeeper, realm: str) -> None:
         self.server, self.realm = server, realm
         self.all: list[ZooKeeperStore] = []
 
@@ -90,24 +84,19 @@ class Stores:
 
 
 @pytest.fixture
-def stores(shared: ZooKeeperServer, realm: str) -> Iterator[Stores]:
-    made = Stores(shared, realm)
+def stores(server: ZooKeeper, realm: str) -> Iterator[Stores]:
+    """In a realm of their own, on a server that is as it was for the next test."""
+    made = Stores(server, realm)
     yield made
+    if server.process is None:
+        server.start()
+    server.resume()
     for each in made.all:
         each.close()
 
 
-@pytest.fixture
-def own_stores(own: ZooKeeperServer, realm: str) -> Iterator[Stores]:
-    made = Stores(own, realm)
-    yield made
-    for each in made.all:
-        each.close()
-
-
-def test_it_fulfils_the_contract_of_registries(own: ZooKeeperServer) -> None:
-    settings = Settings(lease=LEASE, cache_directory="none")
-    check_registry(lambda: open_registry(settings, own.url()), within=5, crash_within=4 * LEASE + 10, joins=50)
+class TestZooKeeper(Outages):
+    server_class = ZooKeeper
 
 
 # --- what is followed ---
@@ -202,7 +191,7 @@ def _bytes_received(store: ZooKeeperStore) -> int:
 def test_realms_and_prefixes_see_nothing_of_each_other(stores: Stores) -> None:
     publisher, _ = stores.connected()
     publisher.publish("n1", {"clock": b"1"})
-    elsewhere, _ = stores.connected(stores.server.url("prefix=infra/messages"))
+    elsewhere, _ = stores.connected(stores.server.url(prefix="infra/messages"))
     elsewhere.publish("n2", {"clock": b"2"})
     other = Stores(stores.server, f"{stores.realm}/services")
     follower, _ = other.connected()
@@ -290,7 +279,7 @@ def test_what_a_node_no_longer_is_goes(stores: Stores) -> None:
 
 
 def test_services_that_nobody_offers_vanish(realm: str, eventually: Eventually) -> None:
-    with zookeeper_server.server(java=["-Dznode.container.checkIntervalMs=50"]) as tidy, client(tidy) as other:
+    with ZooKeeper(java=["-Dznode.container.checkIntervalMs=50"]) as tidy, client(tidy) as other:
         stores = Stores(tidy, realm)
         publisher, _ = stores.connected(lease=10)
         follower, told = stores.connected(lease=10)
@@ -416,29 +405,29 @@ def _hang_up(store: ZooKeeperStore) -> None:
 # --- a server that is away ---
 
 
-def test_a_server_that_stands_still_is_noticed_within_a_lease(own_stores: Stores, eventually: Eventually) -> None:
-    store, told = own_stores.connected()
-    own_stores.server.pause()
+def test_a_server_that_stands_still_is_noticed_within_a_lease(stores: Stores, eventually: Eventually) -> None:
+    store, told = stores.connected()
+    stores.server.pause()
     try:
         eventually(lambda: told.broken, LEASE + 0.5)
         began = time.monotonic()
-        with pytest.raises(StoreAway, match=f"{own_stores.server.address} .does not answer"):
+        with pytest.raises(StoreAway, match=f"{stores.server.address} .does not answer"):
             store.connect(Told())
         assert time.monotonic() - began < CONNECT_PATIENCE + 1
     finally:
-        own_stores.server.resume()
+        stores.server.resume()
 
 
 @pytest.mark.parametrize("away", ["pause", "stop"])
-def test_closing_waits_a_second_at_most_and_leaves_no_thread(own_stores: Stores, away: str) -> None:
-    store, _ = own_stores.connected(lease=10)
-    getattr(own_stores.server, away)()
+def test_closing_waits_a_second_at_most_and_leaves_no_thread(stores: Stores, away: str) -> None:
+    store, _ = stores.connected(lease=10)
+    getattr(stores.server, away)()
     began = time.monotonic()
     store.close()
     assert time.monotonic() - began < 1.5
     assert "onehop-zookeeper" not in [each.name for each in threading.enumerate()]
     if away == "pause":
-        own_stores.server.resume()
+        stores.server.resume()
 
 
 def test_an_address_that_never_answers_is_given_up(stores: Stores) -> None:
@@ -451,7 +440,7 @@ def test_an_address_that_never_answers_is_given_up(stores: Stores) -> None:
 
 
 def test_who_does_not_answer_is_named_with_the_reason(stores: Stores) -> None:
-    free = zookeeper_server.free_ports(2)
+    free = [free_port(), free_port()]
     store = stores.make(f"zookeeper://127.0.0.1:{free[0]},Localhost:{free[1]},nowhere.invalid/")
     refused = rf"127.0.0.1:{free[0]} \(Connection refused\), Localhost:{free[1]} \(Connection refused\), "
     with pytest.raises(StoreAway, match=rf"{refused}nowhere.invalid:2181 \(there is no address of that name\)"):
@@ -459,7 +448,7 @@ def test_who_does_not_answer_is_named_with_the_reason(stores: Stores) -> None:
 
 
 def test_a_server_that_takes_no_more_connections_is_named_with_the_option_to_change(realm: str) -> None:
-    with zookeeper_server.server(["maxClientCnxns=1"]) as few:
+    with ZooKeeper(["maxClientCnxns=1"]) as few:
         stores = Stores(few, realm)
         first, _ = stores.connected()
         with pytest.raises(StoreAway, match="maxClientCnxns"):
@@ -468,11 +457,11 @@ def test_a_server_that_takes_no_more_connections_is_named_with_the_option_to_cha
 
 
 def test_what_kazoo_says_of_every_attempt_is_kept_out_of_logs(
-    own_stores: Stores, eventually: Eventually, caplog: pytest.LogCaptureFixture
+    stores: Stores, eventually: Eventually, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    store, told = own_stores.connected()
-    own_stores.server.stop()
+    store, told = stores.connected()
+    stores.server.stop()
     eventually(lambda: told.broken)
     for _ in range(3):
         with pytest.raises(StoreAway):
@@ -481,7 +470,7 @@ def test_what_kazoo_says_of_every_attempt_is_kept_out_of_logs(
 
 
 def test_a_lease_longer_than_asked_for_is_warned_of_once(realm: str, caplog: pytest.LogCaptureFixture) -> None:
-    with zookeeper_server.server(["minSessionTimeout=5000"]) as slow:
+    with ZooKeeper(["minSessionTimeout=5000"]) as slow:
         store, _ = Stores(slow, realm).connected()
         store.connect(Told())
         store.close()
@@ -489,21 +478,19 @@ def test_a_lease_longer_than_asked_for_is_warned_of_once(realm: str, caplog: pyt
     assert "records for 5 s, not for the 1 s of the setting lease: see its minSessionTimeout" in warning
 
 
-def test_a_restart_of_the_server_keeps_sessions_and_records(own_stores: Stores, eventually: Eventually) -> None:
-    publisher, told = own_stores.connected(lease=10)
+def test_a_restart_of_the_server_keeps_sessions_and_records(stores: Stores, eventually: Eventually) -> None:
+    publisher, told = stores.connected(lease=10)
     publisher.publish("n1", {"clock": b"1"})
-    own_stores.server.restart()
+    stores.server.restart()
     eventually(lambda: told.broken)
     publisher.connect(Told())
     publisher.keep()
 
 
-def test_a_server_that_lost_everything_is_filled_again(own_stores: Stores, eventually: Eventually) -> None:
-    publisher, told = own_stores.connected(lease=10)
+def test_a_server_that_lost_everything_is_filled_again(stores: Stores, eventually: Eventually) -> None:
+    publisher, told = stores.connected(lease=10)
     publisher.publish("n1", {"clock": b"1"})
-    own_stores.server.stop()
-    own_stores.server.wipe()
-    own_stores.server.start()
+    stores.server.wipe()
     eventually(lambda: told.broken)
     publisher.connect(Told())
     with pytest.raises(LeaseLost):
@@ -513,7 +500,7 @@ def test_a_server_that_lost_everything_is_filled_again(own_stores: Stores, event
 
 
 def test_of_an_ensemble_one_server_may_go(realm: str, eventually: Eventually) -> None:
-    with zookeeper_server.ensemble() as servers:
+    with ensemble() as servers:
         stores = Stores(servers[0], realm)
         url = f"zookeeper://{','.join(each.address for each in servers)}/"
         publisher, told = stores.connected(url, lease=5)
@@ -590,6 +577,36 @@ def test_urls_that_are_wrong_are_explained(url: str, problem: str) -> None:
 def test_files_for_tls_that_are_missing_are_named(stores: Stores) -> None:
     with pytest.raises(RegistryError, match=r"ca=/nowhere cannot be used: .*No such file"):
         stores.connected("zookeeper://h/?ca=/nowhere")
+
+
+def test_it_speaks_tls_with_servers_that_it_can_trust(realm: str, tmp_path: Path) -> None:
+    store = ["-keystore", str(tmp_path / "store"), "-storetype", "PKCS12", "-storepass", "secret", "-alias", "server"]
+    names = ["-dname", "CN=localhost", "-ext", "san=dns:localhost"]
+    for verb in (["-genkeypair", "-keyalg", "EC", *names], ["-exportcert", "-rfc", "-file", str(tmp_path / "ca")]):
+        subprocess.run(["keytool", *verb, *store], check=True, capture_output=True)
+    port = free_port()
+    options = {
+        "serverCnxnFactory": "org.apache.zookeeper.server.NettyServerCnxnFactory",
+        "secureClientPort": port,
+        "ssl.keyStore.location": tmp_path / "store",
+        "ssl.keyStore.password": "secret",
+        "ssl.keyStore.type": "PKCS12",
+        "ssl.clientAuth": "none",
+    }
+    with ZooKeeper([f"{name}={value}" for name, value in options.items()]) as secure:
+        stores = Stores(secure, realm)
+        publisher, _ = stores.connected(f"zookeeper://localhost:{port}/?ca={tmp_path}/ca")
+        publisher.publish("n1", {"clock": b"1"})
+        plain, _ = stores.connected()
+        assert plain.follow("clock") == {("clock", "n1"): b"1"}
+        with pytest.raises(RegistryError, match="certificate verify failed: self-signed certificate"):
+            stores.connected(f"zookeeper://localhost:{port}/?tls=1")
+        with pytest.raises(RegistryError, match=r"certificate is not valid for '127.0.0.1'"):
+            stores.connected(f"zookeeper://127.0.0.1:{port}/?ca={tmp_path}/ca")
+        with pytest.raises(StoreAway, match="speaks TLS only"):
+            stores.connected(f"zookeeper://localhost:{port}/")
+        publisher.close()
+        plain.close()
 
 
 # --- processes ---

@@ -1,119 +1,92 @@
-"""The real ZooKeeper of this machine, for tests: alone or as an ensemble, on free ports, in a temporary directory."""
+"""The real ZooKeeper of this machine, for tests: alone, or as an ensemble of three."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Self
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from kazoo.client import KazooClient
+from kazoo.exceptions import NodeExistsError
+from tests.registry.servers import Server, free_port
 
 from onehop.registry.leased import quoted
 
-JAR = "/usr/share/java/zookeeper.jar"
+# Debian's zookeeper.jar names what it needs but for two, without which there is no TLS.
+JARS = ":".join(f"/usr/share/java/{name}.jar" for name in ("zookeeper", "netty-codec", "netty-resolver"))
 JVM = ("java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dzookeeper.jmx.log4j.disable=true")
-TICK = 0.1  # seconds; sessions of half a second are allowed, and end to the tenth
+TICK = 100  # ms: sessions of half a second are allowed, and end to the tenth
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens at."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-class ZooKeeperServer:
-    """One server, which keeps its port and its data over stops and starts.
+class ZooKeeper(Server):
+    """One server.
 
     Args:
-        options: lines for its configuration, besides ours.
+        options: lines for its configuration, besides ours; later ones win.
         java: options for the virtual machine.
 
     Attributes:
-        address: ``host:port`` of its clients.
+        address: ``host:port`` for clients.
     """
 
-    def __init__(self, options: Sequence[str] = (), java: Sequence[str] = (), port: int = 0) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="zk-", dir="/tmp"))
-        self.port = port or free_ports(1)[0]
+    def __init__(self, options: Sequence[str] = (), java: Sequence[str] = ()) -> None:
+        super().__init__()
         self.address = f"127.0.0.1:{self.port}"
         self.data = self.directory / "data"
+        self.data.mkdir()
         self._java = java
-        self._process: subprocess.Popen[bytes] | None = None
         ours = {
-            "tickTime": int(TICK * 1000),
-            "minSessionTimeout": 500,
-            "maxSessionTimeout": 60_000,
+            "tickTime": TICK,
+            "minSessionTimeout": 5 * TICK,
+            "maxSessionTimeout": 600 * TICK,
+            "initLimit": 100,
+            "syncLimit": 50,
             "dataDir": self.data,
             "clientPort": self.port,
             "clientPortAddress": "127.0.0.1",
             "maxClientCnxns": 0,
             "admin.enableServer": "false",
             "4lw.commands.whitelist": "*",
-            "initLimit": 100,
-            "syncLimit": 50,
         }
-        lines = [f"{name}={value}" for name, value in ours.items()] + list(options)
-        (self.directory / "zoo.cfg").write_text("\n".join(lines) + "\n")
+        self.configure([f"{name}={value}" for name, value in ours.items()] + list(options))
 
-    def start(self, wait: bool = True) -> Self:
-        """Run it, with the data it had."""
-        self.data.mkdir(exist_ok=True)
+    def configure(self, lines: Sequence[str]) -> None:
+        """Add lines to its configuration."""
+        with (self.directory / "zoo.cfg").open("a") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+    def command(self) -> Sequence[str]:
         main = "org.apache.zookeeper.server.quorum.QuorumPeerMain"
-        with (self.directory / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [*JVM, *self._java, "-cp", JAR, main, str(self.directory / "zoo.cfg")], stdout=log, stderr=log
-            )
-        if wait:
-            self.wait()
-        return self
+        return (*JVM, *self._java, "-cp", JARS, main, str(self.directory / "zoo.cfg"))
 
-    def wait(self, within: float = 60) -> None:
-        """Until it serves."""
-        deadline = time.monotonic() + within
-        while "Mode:" not in self.ask("srvr"):
-            assert self._process is not None
-            assert self._process.poll() is None, self._log()
-            assert time.monotonic() < deadline, f"ZooKeeper does not serve after {within} s: {self._log()}"
-            time.sleep(0.02)
+    def answers(self) -> bool:
+        return "Mode:" in self.ask("srvr", within=0.3)  # one that starts takes connections that it never answers
 
-    def stop(self) -> None:
-        """End it as a crash of its host would: at once."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+    def url(self, *, port: int | None = None, **options: str) -> str:
+        query = "&".join(f"{name}={value}" for name, value in options.items())
+        return f"zookeeper://127.0.0.1:{port or self.port}/" + (f"?{query}" if query else "")
 
-    def restart(self) -> None:
-        self.stop()
-        self.start()
+    def garble(self, realm: str, service: str, node: str, value: bytes) -> None:
+        path = f"/onehop/{quoted(realm)}/services/{quoted(service)}/{node}"
+        with client(self) as other:
+            try:
+                other.create(path, value, makepath=True)
+            except NodeExistsError:
+                other.set(path, value)
 
     def wipe(self) -> None:
-        """Let it lose everything. It must not run."""
+        self.stop()
         shutil.rmtree(self.data)
+        self.data.mkdir()
+        self.start()
 
-    def pause(self) -> None:
-        assert self._process is not None
-        os.kill(self._process.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        assert self._process is not None
-        os.kill(self._process.pid, signal.SIGCONT)
-
-    def ask(self, word: str) -> str:
+    def ask(self, word: str, within: float = 5.0) -> str:
         """Its answer to one of its four-letter words; empty where it is away."""
         try:
-            with socket.create_connection(("127.0.0.1", self.port), 5) as asked:
+            with socket.create_connection(("127.0.0.1", self.port), within) as asked:
                 asked.sendall(word.encode())
                 return b"".join(iter(lambda: asked.recv(65_536), b"")).decode()
         except OSError:
@@ -125,26 +98,26 @@ class ZooKeeperServer:
         assert found, f"ZooKeeper at {self.address} says nothing of {name}"
         return int(float(found[0]))
 
-    def url(self, *options: str) -> str:
-        return f"zookeeper://{self.address}/" + ("?" + "&".join(options) if options else "")
 
-    def garble(self, realm: str, service: str, node: str, value: bytes) -> None:
-        """Put ``value`` where a record of ``node`` would stand."""
-        with client(self) as other:
-            other.create(
-                f"/onehop/{quoted(realm or 'default')}/services/{quoted(service)}/{node}", value, makepath=True
-            )
-
-    def close(self) -> None:
-        self.stop()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _log(self) -> str:
-        return (self.directory / "log").read_text()[-2000:]
+@contextlib.contextmanager
+def ensemble() -> Iterator[list[ZooKeeper]]:
+    """Three servers that elect their leader."""
+    servers = [ZooKeeper() for _ in range(3)]
+    peers = [f"server.{number}=127.0.0.1:{free_port()}:{free_port()}" for number in (1, 2, 3)]
+    try:
+        for number, each in enumerate(servers, 1):
+            each.configure(peers)
+            (each.data / "myid").write_text(str(number))
+        with ThreadPoolExecutor() as pool:  # each answers only when there are two
+            list(pool.map(ZooKeeper.start, servers))
+        yield servers
+    finally:
+        for each in servers:
+            each.close()
 
 
 @contextlib.contextmanager
-def client(server: ZooKeeperServer, **options: Any) -> Iterator[KazooClient]:
+def client(server: ZooKeeper, **options: Any) -> Iterator[KazooClient]:
     """Another client, which knows nothing of onehop."""
     connected = KazooClient(server.address, **options)
     connected.start(30)
@@ -153,32 +126,3 @@ def client(server: ZooKeeperServer, **options: Any) -> Iterator[KazooClient]:
     finally:
         connected.stop()
         connected.close()
-
-
-@contextlib.contextmanager
-def server(options: Sequence[str] = (), java: Sequence[str] = ()) -> Iterator[ZooKeeperServer]:
-    """A server that serves, and is gone at the end."""
-    running = ZooKeeperServer(options, java)
-    try:
-        yield running.start()
-    finally:
-        running.close()
-
-
-@contextlib.contextmanager
-def ensemble() -> Iterator[list[ZooKeeperServer]]:
-    """Three servers that elect their leader."""
-    ports = free_ports(9)
-    peers = [f"server.{1 + each}=127.0.0.1:{ports[each]}:{ports[3 + each]}" for each in range(3)]
-    servers = [ZooKeeperServer(peers, port=port) for port in ports[6:]]
-    try:
-        for number, each in enumerate(servers, 1):
-            each.data.mkdir()
-            (each.data / "myid").write_text(str(number))
-            each.start(wait=False)
-        for each in servers:
-            each.wait()
-        yield servers
-    finally:
-        for each in servers:
-            each.close()

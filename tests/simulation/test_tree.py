@@ -219,13 +219,13 @@ def test_receivers_that_refuse_or_hang_have_the_receipts_of_the_direct_form(worl
         assert is_honest(entry)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_fault_makes_a_copy_run_twice_or_a_receipt_lie(seed: int) -> None:
     world = World(seed)
-    servers = world.nodes(60, service="echo", fanout_direct=5) + crowd(world, 60, fanout_direct=5)
-    world.call_randomly(rate=4, service="echo", kind="fanout", timeout=3.0, callers=servers[:60])
-    for moment in range(1, 20):
-        some = world.random.sample(servers, world.random.randint(1, 20))
+    servers = world.nodes(40, service="echo", fanout_direct=5) + crowd(world, 40, fanout_direct=5)
+    world.call_randomly(rate=4, service="echo", kind="fanout", timeout=3.0, callers=servers[:40])
+    for moment in range(1, 16):
+        some = world.random.sample(servers, world.random.randint(1, 15))
         rest = [node for node in servers if node not in some]
         at, later = moment + world.random.random(), moment + 1 + 4 * world.random.random()
         kind = world.random.choice(("crash", "drain", "partition", "one way", "hold", "power"))
@@ -241,11 +241,11 @@ def test_no_fault_makes_a_copy_run_twice_or_a_receipt_lie(seed: int) -> None:
                     world.crash(node, at=at, power_lost=kind == "power")
                 world.restart(node, at=later + 1.0)
     world.network.duplicates = 0.05
-    world.run(until=26.0)
+    world.run(until=22.0)
     world.repair()
     world.settle()
     parts = [part for entry in world.ledger for part in entry.parts]
-    assert len(parts) > 5_000
+    assert len(parts) > 2_000
     assert Counter(part.outcome for part in parts)["taken"] > len(parts) / 2
     assert all(part.times_run <= 1 for part in parts)
 

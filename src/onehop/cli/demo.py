@@ -41,6 +41,8 @@ START_LIMIT, SETTLE_LIMIT, STOP_LIMIT = 30.0, 8.0, 5.0
 LOOK = 0.25
 PLAIN_LOOK = 2.0
 """Seconds between two looks at the ledger, and between two lines where there is no terminal."""
+CALM = 8
+"""Looks without anything new after which nothing more is expected of what is open and explained."""
 PROBLEMS_SHOWN = 10
 
 
@@ -197,6 +199,11 @@ class Child:
         assert self.process.stdout is not None
         if self.process.stdout.readline().strip() == "ready" and self.state == "starting":
             self.state = "up"
+
+    @property
+    def where(self) -> str:
+        """Its name, and the test host's on which it runs."""
+        return f"{self.host} on {self.machine.name}" if self.machine else self.host
 
     def tell(self, word: str) -> None:
         assert self.process.stdin is not None
@@ -397,7 +404,9 @@ def settle(cluster: Cluster, until: float, show: Show) -> None:
         before = now
         unexplained = cluster.ledger.problems(cluster.outages)
         back = all(child.state != "starting" for child in cluster.children)
-        if back and still >= 2 and not unexplained and not cluster.ledger.open_calls(killed):
+        # What a host took with it when it lost its power stays open, unless it was still with its sender.
+        calm = CALM if cluster.ledger.open_calls(killed) else 2
+        if back and still >= calm and not unexplained:
             return
         time.sleep(LOOK)
 
@@ -503,8 +512,8 @@ class Screen(Show):
         for child in self._cluster.children:
             style = {"killed": "red", "starting": "yellow"}.get(child.state, "")
             processes.add_row(
-                child.host, str(child.pid), child.state, str(ledger.sent_by[child.pid]), str(ledger.ran_at[child.host]),
-                f"{child.cpu:.2f}", style=style,
+                child.where, str(child.pid), child.state, str(ledger.sent_by[child.pid]),
+                str(ledger.ran_at[child.host]), f"{child.cpu:.2f}", style=style,
             )  # fmt: skip
         self._live.update(Group(processes, ledger_table(self._cluster), *map(Text, self._events)), refresh=True)
 

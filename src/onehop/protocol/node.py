@@ -14,7 +14,7 @@ from onehop.protocol import wire
 from onehop.protocol.calls import Call
 from onehop.protocol.inbox import Inbox
 from onehop.protocol.peers import Peer, PeerTable, RecordLike
-from onehop.protocol.routes import Routes
+from onehop.protocol.routes import Route, Routes, in_order, offered_by
 
 
 class NodeProtocol:
@@ -65,6 +65,8 @@ class NodeProtocol:
         """A connection to ``peer`` is being opened: returns the hello to send first; None if it is not to be."""
         if not self.peers.event(peer, states.CONNECT, now):
             return None
+        if not peer.offered:
+            self._update([peer])
         peer.calls.messages, peer.calls.large_bytes = self._window
         first, host, realm, release = peer.calls.last + 1, self.host, self.realm, self.release
         return wire.hello(wire.Hello(self.id, peer.id, first=first, host=host, realm=realm, release=release))
@@ -91,7 +93,10 @@ class NodeProtocol:
                     f"the address of node {peer.id.hex()} answers as node {hello.node.hex()} of realm {hello.realm!r}"
                 )
             peer.place = head.number
-            return self.peers.event(peer, states.HELLO, now)
+            is_ready = self.peers.event(peer, states.HELLO, now)
+            if not peer.offered:
+                self._update([peer])
+            return is_ready
         if head.kind == wire.GOODBYE:
             if self.peers.event(peer, states.GOODBYE, now):
                 self._update([peer])
@@ -112,10 +117,15 @@ class NodeProtocol:
         self._update([peer])
         return calls
 
-    def rouse(self) -> None:
-        """Let every resting peer be tried now: a fan-out names all who are known, not those last reached only."""
-        self.handle_timer(float("inf"))
+    def receivers(self, service: str, server: str = "") -> tuple[Route, ...]:
+        """Whom a fan-out addresses: all who are known, also those who cannot be reached at this moment."""
+        routes = self.routes.distinct(service, server)
+        away = [
+            route for peer in self.peers.away.values() for route in offered_by(peer)
+            if route.service == service and server in ("", route.server)
+        ]  # fmt: skip
+        return tuple(sorted(dict.fromkeys((*routes, *away)), key=in_order)) if away else routes
 
-    def handle_timer(self, now: float) -> None:
-        """Let rested peers be routes again."""
-        self._update(self.peers.handle_timer(now))
+    def handle_timer(self, now: float) -> list[Peer]:
+        """The peers to which a connection is to be begun: they have rested, or it is our turn."""
+        return self.peers.due(now)

@@ -29,7 +29,6 @@ LOST = "lost"
 IDLE = "idle"
 REPLACED = "replaced"
 HELD_BACK = "held back"
-RESTED = "rested"
 FORGOTTEN = "forgotten"
 
 TRANSITIONS: dict[str, dict[str, str]] = {
@@ -37,11 +36,11 @@ TRANSITIONS: dict[str, dict[str, str]] = {
     CONNECTING: {HELLO: READY, LOST: RESTING, REPLACED: RESTING, GOODBYE: DRAINING},
     READY: {GOODBYE: DRAINING, LOST: RESTING, IDLE: KNOWN},
     DRAINING: {LOST: GONE},
-    RESTING: {RESTED: KNOWN, FORGOTTEN: GONE},
+    RESTING: {CONNECT: CONNECTING, FORGOTTEN: GONE},
     GONE: {},
 }
 USABLE = frozenset((KNOWN, CONNECTING, READY))
-"""The states in which a peer is a route."""
+"""The states in which a peer is a route; after a failure it is none again before a hello was answered."""
 
 NEVER = float("-inf")
 FIRST_PAUSE = 0.2
@@ -119,6 +118,11 @@ class Peer:
         self.rested_at = 0.0
 
     @property
+    def usable(self) -> bool:
+        """Whether requests that may go elsewhere may go here."""
+        return self.state == READY or (self.state in USABLE and not self.failures)
+
+    @property
     def turn(self) -> float:
         """Seconds after which it is this node's turn, where all who were connected to the peer return at once."""
         return min(self.place / RETURNS_A_SECOND, LONGEST_TURN)
@@ -135,7 +139,7 @@ class PeerTable:
     def __init__(self, node: bytes, random: Callable[[], float]) -> None:
         self.node = node
         self.peers: dict[bytes, Peer] = {}
-        self.resting: dict[bytes, Peer] = {}
+        self.away: dict[bytes, Peer] = {}  # known, and no routes: they rest, or are tried again
         self.random = random
         self._highest = 0
         self._lost: dict[tuple[str, str], tuple[float, float]] = {}  # what was lost: until when it counts, our turn
@@ -200,8 +204,9 @@ class PeerTable:
         return min(
             (
                 peer.rested_at
-                for peer in self.resting.values()
-                if not peer.failures
+                for peer in self.away.values()
+                if peer.state == RESTING
+                and not peer.failures
                 and peer.record is not None
                 and (server in peer.record.services.get(service, ()) if server else service in peer.record.services)
             ),
@@ -225,10 +230,10 @@ class PeerTable:
                 peer.rested_at = now + REPLACED_PAUSE
         if event in (LOST, REPLACED, IDLE) and (peer.record is None or not peer.record.services):
             peer.state = GONE
-        if peer.state == RESTING:
-            self.resting[peer.id] = peer
+        if peer.state == RESTING or (peer.state == CONNECTING and peer.failures):
+            self.away[peer.id] = peer
         else:
-            self.resting.pop(peer.id, None)
+            self.away.pop(peer.id, None)
         if event in (LOST, REPLACED, FORGOTTEN, IDLE):
             old = peer.calls
             peer.calls = CallTable(peer.numbers, messages=old.messages, large_bytes=old.large_bytes)
@@ -256,12 +261,9 @@ class PeerTable:
         else:
             peer.rested_at = now + self.random() * max(pause, 2 * peer.turn)
 
-    def handle_timer(self, now: float) -> list[Peer]:
-        """Let peers that have rested be tried again; returns them."""
-        rested = [peer for peer in self.resting.values() if peer.rested_at <= now]
-        for peer in rested:
-            self.event(peer, RESTED, now)
-        return rested
+    def due(self, now: float) -> list[Peer]:
+        """Those who have rested, and are to be connected to."""
+        return [peer for peer in self.away.values() if peer.state == RESTING and peer.rested_at <= now]
 
 
 def _node_id(name: str) -> bytes | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from heapq import nsmallest
 from typing import NamedTuple
 
-from onehop.protocol.peers import USABLE, Peer
+from onehop.protocol.peers import Peer
 
 
 class Route(NamedTuple):
@@ -24,8 +24,13 @@ class Route(NamedTuple):
 
 def routes_to(peer: Peer) -> tuple[Route, ...]:
     """What ``peer`` offers, if it is usable."""
+    return offered_by(peer) if peer.usable else ()
+
+
+def offered_by(peer: Peer) -> tuple[Route, ...]:
+    """What ``peer`` offers."""
     record = peer.record
-    if record is None or peer.state not in USABLE or record.state != "serving":
+    if record is None or record.state != "serving":
         return ()
     return tuple(Route(peer, service, server) for service, servers in record.services.items() for server in servers)
 
@@ -104,9 +109,9 @@ class Routes:
         for service in {**gone, **come}:
             routes = list(table.get(service, ()))
             for id in gone.get(service, ()):
-                del routes[bisect_left(routes, id, key=_node_id) : bisect_right(routes, id, key=_node_id)]
+                del routes[bisect_left(routes, id, key=in_order) : bisect_right(routes, id, key=in_order)]
             for route in come.get(service, ()):
-                insort(routes, route, key=_node_id)
+                insort(routes, route, key=in_order)
             if routes:
                 table[service] = tuple(routes)
             else:
@@ -114,7 +119,7 @@ class Routes:
         return Routes(self.subset, table)
 
 
-def _node_id(route: Route) -> bytes:
+def in_order(route: Route) -> bytes:
     return route.peer.id
 
 

@@ -129,7 +129,7 @@ def receiver_of(route: Route) -> Receiver:
 
 def request(service: str, method: str, receivers: Iterable[Receiver], body: Body) -> bytes:
     """The body of a request to a relay (wire 8.2): pass the cast ``body`` on to ``receivers``."""
-    head = json.dumps([service, method, list(receivers)]).encode()
+    head = _json([service, method, list(receivers)])
     return b"".join((_HEAD.pack(len(head)), head, body))
 
 
@@ -145,16 +145,21 @@ def parse_request(raw: Body) -> tuple[str, str, list[Receiver], Body]:
         receivers = [Receiver(node, server, host, tuple(endpoints)) for node, server, host, endpoints in told]
         for node, server, host, endpoints in receivers:
             wire.names(service, server, method)
-            if len(bytes.fromhex(node)) != 16 or not all(isinstance(each, str) for each in (host, *endpoints)):
+            is_text = all(isinstance(each, str) for each in (host, *endpoints))
+            if len(bytes.fromhex(node)) != 16 or not endpoints or not is_text:
                 raise WireError(f"{node!r} on {host!r} at {endpoints!r} is no receiver")
     except _NONSENSE as error:
         raise WireError(f"a request to a relay that cannot be read: {error}") from None
     return service, method, receivers, raw[end:]
 
 
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 def receipts(told: Iterable[Receipt]) -> bytes:
     """The body of a relay's answer (wire 8.3), in the order of the request."""
-    return json.dumps(list(told)).encode()
+    return _json(list(told))
 
 
 def parse_receipts(raw: Body, number: int) -> list[Receipt]:

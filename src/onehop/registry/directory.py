@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from onehop.addresses import listening_address
+from onehop.addresses import listening_address, resolve
 from onehop.errors import OnehopError
 from onehop.interfaces import Record
 from onehop.registry.lines import ALIVE, Broken, Fault, Line, Loop
@@ -120,12 +120,6 @@ def trimmed(record: Record | None, services: Iterable[str]) -> Record | None:
         return record if offered else None
     idempotent = {name: methods for name, methods in record.idempotent.items() if name in offered}
     return msgspec.structs.replace(record, services=offered, idempotent=idempotent) if offered else None
-
-
-def resolve(host: str, port: int) -> list[IPv4Address | IPv6Address]:
-    """The addresses that ``host`` means now. Waits for the system's resolver. Raises OSError where it means none."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(ip_address(str(each[4][0])) for each in found))
 
 
 def understood(decoder: msgspec.json.Decoder[Any], line: bytes) -> Any:

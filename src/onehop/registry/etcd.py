@@ -13,6 +13,7 @@ import random
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from http.client import HTTPException, RemoteDisconnected
@@ -33,6 +34,10 @@ OPTIONS = ("prefix", "tls", "ca", "cert", "key")
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 2.0  # seconds until the next server is tried
 PAGE = 500  # keys of one answer: the gateway of older releases passes none on above 4 MiB
 OPERATIONS = 100  # of one transaction; etcd allows 128
+
+# When an answer begins, Go's HTTP server throws away what it has not read yet of the question, unless it is at least
+# this much. The answer to the first of several watches begins early; that many spaces after the last keep them all.
+PADDING = 256 * 1024
 
 # What etcd says, with the code of gRPC that comes with it: what no waiting would mend, and what is so at every server.
 _UNKNOWN, _NOT_FOUND = 2, 5
@@ -146,6 +151,7 @@ class EtcdStore(Store):
         self._next: dict[str, int] = {}  # by service followed: the revision from which changes are still to be told
         self._farewells: set[bytes] = set()  # keys that were told as withdrawn, and are not deleted yet
         self._lease = 0
+        self._seen = 0  # the last revision at which all our keys were seen
         self._keys: dict[bytes, bytes | None] = {}  # that may be ours, with what was put there; None: not known
 
     # --- what a store promises ---
@@ -191,14 +197,20 @@ class EtcdStore(Store):
         self._lease, self._keys = 0, {}
 
     def keep(self) -> None:
-        # A lease that is not known is answered with no time to live, not with an error.
-        if self._lease and not self._ask("lease/keepalive", {"ID": self._lease}).ttl:
-            raise self._lost(f"{self._where} does not know our lease any more")
+        revision = 0
+        if self._lease:
+            answer = self._ask("lease/keepalive", {"ID": self._lease})
+            if not answer.ttl:  # so it is said of a lease that is not known
+                raise self._lost(f"{self._where} does not know our lease any more")
+            revision = answer.header.revision
+            if revision == self._seen:
+                return  # nobody wrote anything since our keys were seen
         # Without keys too: a server that hangs is noticed by this while we only follow.
         for some in _slices(sorted(self._keys)) or [[]]:
             compare = [{"key": each, "target": "LEASE", "lease": self._lease} for each in some]
             if not self._ask("kv/txn", {"compare": compare}).succeeded:
                 raise self._lost(f"a key of ours is gone from {self._where}")
+        self._seen = revision
 
     def close(self) -> None:
         self._end_stream()
@@ -211,10 +223,10 @@ class EtcdStore(Store):
         self._disconnect()
 
     def forget(self) -> None:
-        for each in (self._connection, self._stream.connection if self._stream else None):
-            if each is not None and each.sock is not None:
-                # As a bare descriptor: TLS says no goodbye, and no lock is taken that a thread of the parent held.
-                socket.close(each.sock.detach())
+        if self._stream is not None:
+            self._stream.forget()
+        if self._connection is not None and self._connection.sock is not None:
+            _let_go(self._connection.sock)
         self._lease, self._keys = 0, {}
         self._connection = self._stream = None
 
@@ -267,13 +279,17 @@ class EtcdStore(Store):
                 return self._ask_server(path, request)
             except (_ServerAway, _ServerUnfit) as error:
                 errors.append(error)
-                self._disconnect()
-                if self._stream is not None:
-                    self._stream.cut(str(error))
-                self._server = (self._server + 1) % len(self._place.servers)
+                self._leave(str(error))
         if isinstance(errors[0], RegistryError) and all(isinstance(each, RegistryError) for each in errors):
             raise errors[0]
         raise StoreAway("; ".join(map(str, errors)))
+
+    def _leave(self, why: str) -> None:
+        """Speak to the next server from now on."""
+        self._disconnect()
+        if self._stream is not None:
+            self._stream.cut(why)
+        self._server = (self._server + 1) % len(self._place.servers)
 
     def _ask_server(self, path: str, request: Mapping[str, object]) -> _Answer:
         try:
@@ -409,19 +425,32 @@ class EtcdStore(Store):
             for number, each in enumerate(watched, 1)
         ]
         body = b"\n".join(_encode({"create_request": each}) for each in requests)
-        connection = self._dial()
-        response = self._post(connection, "watch", body, streamed=True)
+        if len(requests) > 1:
+            body += b" " * PADDING
         assert self._tell is not None
-        take = partial(self._take, self._tell, watched)
-        self._stream = _Stream(self._where, connection, response, take, self._tell.broke)
-        self._stream.listen(self._lease_length)
+        take, stream = partial(self._take, self._tell, watched), None
+        try:
+            connection = self._dial()
+            wire: socket.socket = connection.sock  # the connection lets go of it when an answer without end begins
+            response = self._post(connection, "watch", body, streamed=True)
+            stream = _Stream(self._where, wire, response, take, self._tell.broke)
+            stream.begin(len(watched), self._lease_length)
+        except Exception as error:
+            if stream is not None:
+                stream.end()
+            self._leave(str(error))
+            if isinstance(error, StoreAway | RegistryError):
+                raise
+            raise self._failure(error) from error
+        self._stream = stream
 
     def _end_stream(self) -> None:
         if self._stream is not None:
             self._stream.end()
             self._stream = None
 
-    def _take(self, tell: Tell, watched: Sequence[str], line: bytes) -> None:
+    def _take(self, tell: Tell, watched: Sequence[str], line: bytes) -> bool:
+        """Tell what a line says; returns whether it says that a watch has begun."""
         answer = self._understood(line)
         self._check_cluster(answer)
         if answer.canceled:
@@ -434,6 +463,7 @@ class EtcdStore(Store):
         if not answer.created and not answer.fragment:
             last = answer.events[-1].kv.mod_revision if answer.events else answer.header.revision
             self._next[service] = max(self._next[service], last + 1)
+        return answer.created
 
     def _tell_event(self, tell: Tell, event: _Event) -> None:
         key, value = event.kv.key, event.kv.value
@@ -449,32 +479,51 @@ class EtcdStore(Store):
 
 
 class _Stream:
-    """One answer that does not end, taken line by line in a thread of its own until :meth:`end`, or until it breaks."""
+    """One answer that does not end, taken line by line.
+
+    Args:
+        where: it comes from, for people.
+        wire: the socket under it.
+        take: takes a line; returns whether it is the first of those that answer one question.
+        broke: told why it came to an end, unless by :meth:`end`.
+    """
 
     def __init__(
         self,
         where: str,
-        connection: HTTPConnection,
+        wire: socket.socket,
         response: HTTPResponse,
-        take: Callable[[bytes], None],
+        take: Callable[[bytes], bool],
         broke: Callable[[str], None],
     ) -> None:
-        self.connection = connection
-        self._response = response
-        self._socket: socket.socket = connection.sock
-        self._where, self._take, self._broke = where, take, broke
+        self.wire = wire
+        self._where, self._response, self._take, self._broke = where, response, take, broke
+        self._lines = _lines(response)
         self._why = ""
         self._wanted = True
-        self._thread = threading.Thread(target=self._run, name="onehop-etcd", daemon=True)
+        self._thread: threading.Thread | None = None
 
-    def listen(self, patience: float) -> None:
-        """Start; a network that is dead for ``patience`` seconds breaks it."""
+    def begin(self, questions: int, patience: float) -> None:
+        """Wait until all questions are being answered, and go on in a thread.
+
+        Args:
+            questions: how many there are.
+            patience: seconds after which a dead network has broken it.
+
+        Raises:
+            OSError, urllib3.exceptions.HTTPError: not all are answered.
+        """
+        deadline = time.monotonic() + ANSWER_TIMEOUT
+        while questions:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            questions -= self._take(next(self._lines))
         probe = max(1, int(patience / 3))
-        keepalive = {socket.TCP_KEEPIDLE: probe, socket.TCP_KEEPINTVL: probe, socket.TCP_KEEPCNT: 2}
-        for option, value in keepalive.items():
-            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._socket.settimeout(None)
+        for option, value in ((socket.TCP_KEEPIDLE, probe), (socket.TCP_KEEPINTVL, probe), (socket.TCP_KEEPCNT, 2)):
+            self.wire.setsockopt(socket.IPPROTO_TCP, option, value)
+        self.wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.wire.settimeout(None)
+        self._thread = threading.Thread(target=self._run, name="onehop-etcd", daemon=True)
         self._thread.start()
 
     def cut(self, why: str) -> None:
@@ -482,32 +531,40 @@ class _Stream:
         self._why = self._why or why
         try:
             # Not the method of a TLS socket, which would take its state away under the reading thread.
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+            socket.socket.shutdown(self.wire, socket.SHUT_RDWR)
         except OSError:
             pass  # the other side was quicker
 
     def end(self) -> None:
-        """End it; nothing more is taken, and nobody hears of it."""
+        """End it: when this returns nothing more is taken, and nobody hears why."""
         self._wanted = False
         self.cut("ended")
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+        self._close()
+
+    def forget(self) -> None:
+        """In a forked child, where its thread does not exist."""
+        self._wanted = False
+        _let_go(self.wire)
 
     def _run(self) -> None:
-        why = "it was ended"
         try:
-            for line in _lines(self._response):
-                if not self._wanted:
-                    break
-                self._take(line)
+            while self._wanted:
+                self._take(next(self._lines))
         except Exception as error:
-            why = str(error)
-        self._response.close()
-        self.connection.close()
+            self._why = self._why or str(error)
+        self._close()
         if self._wanted:
-            self._broke(f"no more changes come from {self._where}: {self._why or why}")
+            self._broke(f"no more changes come from {self._where}: {self._why}")
+
+    def _close(self) -> None:
+        self._response.close()
+        self.wire.close()
 
 
 def _lines(response: HTTPResponse) -> Iterator[bytes]:
+    """The lines of an answer; their end is an error."""
     parts: list[bytes] = []
     for chunk in response.stream():
         first, *others = chunk.split(b"\n")
@@ -516,6 +573,12 @@ def _lines(response: HTTPResponse) -> Iterator[bytes]:
             if line := b"".join(parts):
                 yield line
             parts = [each]
+    raise ConnectionResetError("it ended the stream")
+
+
+def _let_go(wire: socket.socket) -> None:
+    """Close it as a bare descriptor: TLS says no goodbye, and no lock is taken that a thread of the parent held."""
+    socket.close(wire.detach())
 
 
 def _end(prefix: str) -> bytes:

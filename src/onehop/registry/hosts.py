@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from onehop.addresses import listening_ports
+from onehop.addresses import listening_ports, resolve
 from onehop.errors import RegistryError
 from onehop.interfaces import Deliver, Record, Registry
 from onehop.registry import urls
@@ -40,7 +40,6 @@ from onehop.registry.directory import (
     join,
     line_of,
     part,
-    resolve,
     trimmed,
     understood,
 )

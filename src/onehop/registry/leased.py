@@ -187,10 +187,11 @@ class LeasedRegistry(Registry):
         if self._closed:
             raise RegistryError("this registry was closed, or belongs to the parent of this process; open another")
         _in_use.add(self)
-        # Made at first use, so that its locks are green ones where threads are; setdefault lets one of two threads win.
-        keeper: _Keeper = self.__dict__.setdefault(
-            "_the_keeper", _Keeper(self._settings, self._place, self._open_store)
-        )
+        keeper = self._kept()
+        if keeper is None:
+            # Made at first use, so that its locks are green ones where threads are; one of two threads wins.
+            keeper = _Keeper(self._settings, self._place, self._open_store)
+            keeper = self.__dict__.setdefault("_the_keeper", keeper)
         return keeper
 
 
@@ -216,7 +217,8 @@ class _Told(Tell):
 
     def changed(self, service: str, node: str, value: bytes | None, *, withdrawn: bool = False) -> None:
         self.changes.append(_Change(service, node, value, withdrawn))
-        self._keeper.wake()
+        if len(self.changes) == 1:  # otherwise it was woken for the first, and takes all
+            self._keeper.wake()
 
     def broke(self, why: str) -> None:
         self.broken = self.broken or why or "the connection ended"
@@ -276,13 +278,15 @@ class _Keeper:
             before, self._offer = self._offer, offer
             self._asked += 1
             asked, self._to_publish = self._asked, True
+            patience = PATIENCE
             if self._refusal is not None:
                 self._refusal, self._connect_at = None, 0.0  # it may have been mended: ask again
+            elif self._away_since is not None:
+                patience -= time.monotonic() - self._away_since
             self._start()
             if self._is_own_thread():
                 return
-            away = 0.0 if self._away_since is None else time.monotonic() - self._away_since
-            self._state.wait_for(lambda: self._done >= asked or self._refused() or self._closing, PATIENCE - away)
+            self._state.wait_for(lambda: self._done >= asked or self._refused() or self._closing, patience)
             if self._done >= asked or self._closing or offer is None:
                 return
             if (refusal := self._refused()) is not None:
@@ -329,6 +333,8 @@ class _Keeper:
     def close(self) -> None:
         """End the thread, which takes away what was published; not waited for without end."""
         with self._state:
+            if self._closing:
+                return
             self._closing, self._deliver = True, None
             self._state.notify_all()
         deadline = time.monotonic() + CLOSE_PATIENCE

@@ -139,9 +139,10 @@ class Loop:
 
     def stop(self) -> None:
         """End the thread, and wait for that a moment."""
-        self.wake()
         with self._waking:
-            self.ending = True
+            if not self.ending:
+                self.ending = True
+                os.eventfd_write(self._wake, 1)
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=1.0)
 

@@ -5,7 +5,7 @@ The keys of a realm, each part quoted::
     onehop:<realm>:record:<service>:<node id>   the record, behind a number that grows; lives for a lease
     onehop:<realm>:nodes:<service>              sorted set of node ids, by the time at which their leases end
     onehop:<realm>:count:<service>              grows by one with each change of the service
-    onehop:<realm>:services                     sorted set of services, by the time at which their last lease ends
+    onehop:<realm>:services                     sorted set of services, by the time until which each is worth a look
 
 and the channels ``onehop:<realm>:<database>:change:<service>``. Subscriptions lose messages in silence. So each message
 carries the count, who follows compares the count now and then, and reads a service anew where one is missing: in the
@@ -85,11 +85,15 @@ local function text(number)  -- Lua itself writes 14 digits only
     return string.format('%.0f', number)
 end
 
-local function changed(what, node, value)
+local function begin_count()
     -- A count that was lost goes on far beyond where it was, so that nobody takes it for the same.
     redis.call('SET', count, text(time[1] * 1000000 + time[2]), 'NX')
-    local number = redis.call('INCR', count)
     redis.call('PEXPIRE', count, kept)
+end
+
+local function changed(what, node, value)
+    begin_count()
+    local number = redis.call('INCR', count)
     redis.call('PUBLISH', channel, text(number) .. ' ' .. what .. ' ' .. node .. ' ' .. value)
 end
 
@@ -103,13 +107,15 @@ local function current()
 end
 
 local function live(service, node)
-    local new = redis.call('ZADD', nodes, now + lease, node)
-    redis.call('PEXPIRE', nodes, kept)
-    redis.call('PEXPIRE', count, kept)
-    redis.call('ZADD', services, now + lease, service)
-    redis.call('ZREMRANGEBYSCORE', services, '-inf', now - kept)
-    redis.call('PEXPIRE', services, kept)
-    return new == 1
+    local new = redis.call('ZADD', nodes, now + lease, node) == 1
+    if new or redis.call('PTTL', nodes) < kept / 2 then  -- what all have in common, one of them now and then
+        redis.call('PEXPIRE', nodes, kept)
+        redis.call('PEXPIRE', count, kept)
+        redis.call('ZADD', services, now + kept, service)
+        redis.call('ZREMRANGEBYSCORE', services, '-inf', now)
+        redis.call('PEXPIRE', services, kept)
+    end
+    return new
 end
 
 local function reap(prefix)
@@ -170,7 +176,8 @@ reap(ARGV[4])
 return redis.call('GET', count) or '0'
 """
 _READ = """
-local prefix, answer = ARGV[4], {redis.call('GET', count) or '0'}
+begin_count()  -- so that the first change is the next one for whoever has read before it
+local prefix, answer = ARGV[4], {redis.call('GET', count)}
 local all = redis.call('ZRANGE', nodes, 0, -1)
 for first = 1, #all, 1000 do
     local keys = {}

@@ -37,13 +37,16 @@ from onehop.settings import Settings
 PORT = 2181
 PATIENCE = 10.0  # seconds until an answer is given up; a server that hangs is noticed before, by its session
 CONNECT_PATIENCE = 4.0  # seconds for which all servers together are waited for
+_SESSION_PATIENCE = 0.5  # seconds until a session that was there before is asked for once more
 CLOSE_PATIENCE = 1.0  # seconds until the server has confirmed the end of the session
 MARK = "!"  # before a node id: its own withdrawal; no quoted name has it
 LIMIT = 1_000_000  # bytes of one value: ZooKeeper hangs up on a request of more than a mebibyte
 _AT_ONCE = 128  # reads in one request, and requests under way: with more than some 250 kazoo waits for itself
 _ATTEMPTS = 10  # at putting keys, while parents vanish or an old session ends
 
-_HUNG_UP = "it hangs up; it takes maxClientCnxns connections from one address, 60 if not told otherwise"
+_HUNG_UP = (
+    "it hangs up: it is starting, or speaks TLS only, or has maxClientCnxns connections from here (60, if not set)"
+)
 
 _log = logging.getLogger(__name__)
 # kazoo tells of each attempt that fails; that the registry is away is said by the registry, once.
@@ -76,7 +79,8 @@ class ZooKeeperStore:
         self._top = "/".join(["", *prefix, quoted(settings.realm or "default"), "services"])
         self._connection: _Connection | None = None
         self._session: tuple[int, bytes] | None = None
-        self._ours: set[str] = set()  # what we may have put and not taken back, in whichever session
+        self._sessions: set[int] = set()  # that we ever had
+        self._ours: set[str] = set()  # what we may have put and not taken back, in whichever of them
         self._warned = False
 
     def connect(self, tell: Tell) -> None:
@@ -85,6 +89,7 @@ class ZooKeeperStore:
         self._connection = connection
         connection.open()
         self._session = connection.session
+        self._sessions.add(connection.session[0])
         if connection.lease > 1.5 * self._lease and not self._warned:
             self._warned = True
             _log.warning(
@@ -121,7 +126,7 @@ class ZooKeeperStore:
                 paths = list(self._ours)
                 found = dict(zip([*parents, *paths], connection.read([*parents, *paths]), strict=True))
                 changes = [connection.container(each) for each in parents if found[each] is None]
-                steps = [_steps(path, wanted.get(path), found[path], connection) for path in paths]
+                steps = [self._steps(path, wanted.get(path), found[path]) for path in paths]
                 changes += [jute.Transaction(each) for each in steps if each]
                 if connection.change(changes):
                     self._ours &= wanted.keys()
@@ -163,6 +168,26 @@ class ZooKeeperStore:
             raise StoreAway(f"there is no connection to ZooKeeper at {self._place.shown}")
         return self._connection
 
+    def _steps(self, path: str, value: bytes | None, found: _Found | None) -> list[Any]:
+        """What makes ``path`` ours with ``value``, or nobody's where that is None.
+
+        A node of another session is replaced: it would go with that session. It is not taken away for nothing, if that
+        session was none of ours.
+        """
+        connection = self._connected()
+        above, _, name = path.rpartition("/")
+        marker = f"{above}/{MARK}{name}"
+        remove, create = jute.Delete(path, -1), connection.creation(path, value)
+        if value is None:
+            if found is None or found.session not in self._sessions:
+                return []
+            return [connection.creation(marker, b""), jute.Delete(marker, -1), remove]
+        if found is None:
+            return [create]
+        if found.session != connection.session[0]:
+            return [remove, create]
+        return [jute.SetData(path, value, -1)] if found.value != value else []
+
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Errors of kazoo as ours."""
@@ -177,8 +202,10 @@ class ZooKeeperStore:
                 f"{where} refuses {who} what is needed below {self._top}: name a user that may, as in "
                 "zookeeper://user:password@host/, or another place, as in ?prefix=..."
             ) from error
-        except refusals.UnimplementedError as error:
-            raise RegistryError(f"{where} is too old, it has no persistent watches: it must be 3.6 or later") from error
+        except (refusals.UnimplementedError, refusals.MarshallingError) as error:
+            raise RegistryError(
+                f"{where} has no persistent recursive watches: it must be 3.6 or later, with its usual WatchManager"
+            ) from error
         except refusals.KazooException as error:
             raise RegistryError(f"{where} refuses what it is asked: {type(error).__name__} {error}") from error
 
@@ -190,23 +217,6 @@ _AWAY = (
     refusals.SessionMovedError,
     refusals.OperationTimeoutError,
 )  # fmt: skip
-
-
-def _steps(path: str, value: bytes | None, found: _Found | None, connection: _Connection) -> list[Any]:
-    """What makes ``path`` ours with ``value``, or nobody's where that is None.
-
-    A node of a session that we had before is replaced: it would go with that session.
-    """
-    above, _, name = path.rpartition("/")
-    marker = f"{above}/{MARK}{name}"
-    remove, create = jute.Delete(path, -1), connection.creation(path, value)
-    if value is None:
-        return [connection.creation(marker, b""), jute.Delete(marker, -1), remove] if found else []
-    if found is None:
-        return [create]
-    if found.session != connection.session[0]:
-        return [remove, create]
-    return [jute.SetData(path, value, -1)] if found.value != value else []
 
 
 def _is_made(change: Any) -> bool:
@@ -307,7 +317,8 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
     def __init__(self, tls: ssl.SSLContext | None, patience: float) -> None:
         super().__init__()
         self.problems: dict[str, str] = {}  # by server: why it was left
-        self._tls, self._patience = tls, patience
+        self.untrusted = False  # one of them for its certificate, which no waiting mends
+        self.patience, self._tls = patience, tls
         self._thread: threading.Thread | None = None
         self._pair: Sequence[socket.socket] = ()
         self._socket: socket.socket | None = None
@@ -334,11 +345,12 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
         try:
             if self.is_cut:
                 raise ConnectionAbortedError("closed")
-            connecting.settimeout(self._patience)
+            connecting.settimeout(self.patience)
             connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connecting.connect(address)
         except OSError as error:
             hung_up = isinstance(error, ConnectionResetError | BrokenPipeError)
+            self.untrusted |= isinstance(error, ssl.SSLCertVerificationError)
             self.problems[f"{hostname}:{address[1]}"] = _HUNG_UP if hung_up else error.strerror or str(error)
             connecting.close()
             raise
@@ -387,6 +399,10 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
 class _Receiver(ConnectionHandler):  # type: ignore[misc]
     """kazoo's thread, for one connection, which hands over the events that kazoo does not know."""
 
+    def __init__(self, client: _Connection) -> None:
+        super().__init__(client, client._conn_retry.copy(), logger=client.logger)
+        self._limit = min(_SESSION_PATIENCE, client.handler.patience) if client._session_id else client.handler.patience
+
     def zk_loop(self) -> None:
         try:
             super().zk_loop()
@@ -406,16 +422,21 @@ class _Receiver(ConnectionHandler):  # type: ignore[misc]
         self.client.server = f"{host}:{port}"
         try:
             times = super()._connect(host, hostip, port)
-        except refusals.SessionExpiredError:
+        except (refusals.SessionExpiredError, KazooTimeoutError) as error:
+            if not self.client._session_id:
+                raise
+            # A server that starts may take a connection and never answer: so the session is asked for twice.
             self._socket.close()
-            self.client._reset_session()
+            if isinstance(error, refusals.SessionExpiredError):
+                self.client._reset_session()
+            self._limit = self.handler.patience
             times = super()._connect(host, hostip, port)
         self.client.established(times[0] * 1.5 / 1000)  # kazoo reads for two thirds of the session's length
         return times
 
     def _invoke(self, timeout: float, request: Any, xid: int | None = None) -> Any:
         try:
-            return super()._invoke(min(timeout, self.handler._patience), request, xid)
+            return super()._invoke(min(timeout, self._limit), request, xid)
         except (refusals.ConnectionDropped, KazooTimeoutError) as error:
             if isinstance(error, refusals.ConnectionDropped) and not self.handler.is_cut:
                 self.handler.problems[self.client.server] = _HUNG_UP
@@ -445,7 +466,7 @@ class _Connection(KazooClient):  # type: ignore[misc]
             logger=_kazoo_log,
         )
         self._acl = [*CREATOR_ALL_ACL, *READ_ACL_UNSAFE] if place.user else OPEN_ACL_UNSAFE
-        self._connection = _Receiver(self, self._conn_retry.copy(), logger=self.logger)
+        self._connection = _Receiver(self)
         feed.connection = self
 
     def open(self) -> None:
@@ -453,6 +474,7 @@ class _Connection(KazooClient):  # type: ignore[misc]
 
         Raises:
             StoreAway: none of them answers.
+            RegistryError: one is not to be trusted.
         """
         self.start_async()
         self.settled.wait(CONNECT_PATIENCE)
@@ -461,6 +483,9 @@ class _Connection(KazooClient):  # type: ignore[misc]
             self.end()
             servers = [f"{host}:{port}" for host, port in self.place.servers]
             tried = [f"{each} ({self.handler.problems.get(each.lower(), 'does not answer')})" for each in servers]
+            if self.handler.untrusted:
+                trusted = self.place.options.get("ca", "the system's certificates")
+                raise RegistryError(f"no ZooKeeper that {trusted} vouches for answers at {', '.join(tried)}")
             raise StoreAway(f"no ZooKeeper answers at {', '.join(tried)}")
 
     def established(self, lease: float) -> None:

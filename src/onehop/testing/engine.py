@@ -50,7 +50,7 @@ from onehop.testing.link import EngineLink
 from onehop.testing.network import Network, VirtualRegistry
 from onehop.testing.tree import VirtualTree
 
-HANDSHAKE = 5.0
+HANDSHAKE, HURRY, GRACE = 5.0, 1.0, 1.0
 TICK = 0.1
 SLOW_TICK = 0.5
 PROBES = 20.0
@@ -185,8 +185,9 @@ class VirtualEngine:
         self._routes_may_have_changed(before)
         if self.links:
             self._plan(self.clock.now + SLOW_TICK)
-        for peer in self.protocol.peers.resting.values():
-            self._plan(peer.rested_at)
+        for peer in self.protocol.peers.away.values():
+            if peer.state == RESTING:
+                self._plan(peer.rested_at)
 
     def _routes_may_have_changed(self, before: object) -> None:
         if self._changed and self.protocol.routes is not before:
@@ -211,11 +212,13 @@ class VirtualEngine:
         link.post(link.hello, hello)
         return link
 
-    def connect(self, peer: Peer, until: float, task: Task) -> Generator[float, None, EngineLink | OnehopError]:
+    def connect(
+        self, peer: Peer, until: float, task: Task, patience: float = HANDSHAKE
+    ) -> Generator[float, None, EngineLink | OnehopError]:
         link = self._begin_link(peer)
         if not isinstance(link, EngineLink):
             return link
-        limit = min(until, link.began + HANDSHAKE)
+        limit = min(until, link.began + HANDSHAKE, self.clock.now + patience)
         while link.hello.outcome is None and self.clock.now < limit:
             link.waiters.append(task)
             yield limit
@@ -223,6 +226,8 @@ class VirtualEngine:
             return link
         if link.hello.outcome is None and self.clock.now >= until:
             return CallTimeout("the hello was not answered before the deadline", executed="no")
+        if link.hello.outcome is None and self.clock.now < link.began + HANDSHAKE:
+            return PeerLost(f"node {peer.id.hex()} has not answered the hello for {patience:g} s", executed="no")
         why, event = link.ended or "it did not answer the hello", states.LOST
         if link.hello.outcome == REJECTED:
             why = "{}: {}".format(*link.hello.body)
@@ -317,7 +322,8 @@ class VirtualEngine:
             self.invariants.chose(self, route)
             link: EngineLink | None = route.peer.link
             if link is None or not link.ready:
-                made = yield from self.connect(route.peer, entry.deadline, task)
+                patience = HURRY if len(routes) > 1 else HANDSHAKE
+                made = yield from self.connect(route.peer, entry.deadline, task, patience)
                 if not isinstance(made, EngineLink):
                     if isinstance(made, CallError) and self._again(attempt, route, made):
                         continue
@@ -441,11 +447,11 @@ class VirtualEngine:
 
     def _scatter(self, entry: Entry) -> None:
         self.registry.refresh(self)
-        receivers = self.protocol.routes.distinct(entry.service, entry.server)
+        receivers = self.protocol.receivers(entry.service, entry.server)
         if not receivers:
             self.finish(entry, "done")
         for route in receivers:
-            self.invariants.chose(self, route)
+            self.invariants.chose(self, route, is_fan_out=True)
             kind = "cast" if entry.kind == "fanout" else "call"
             timeout = entry.deadline - self.clock.now
             part = self.invariants.enter(kind, self.index, entry.service, route.server, timeout)
@@ -577,17 +583,22 @@ class VirtualEngine:
         self._tick_at = None
         now, inbox = self.clock.now, self.protocol.inbox
         before = self.protocol.routes
-        self.protocol.handle_timer(now)
+        for peer in self.protocol.handle_timer(now):
+            self._begin_link(peer)
         inbox.handle_timer(now)
         self._send_outgoing()
         next_time = now + PROBES
         for link in list(self.links.values()):
-            if link.peer.record is None:
+            if not link.ready:
+                if now - link.began > HANDSHAKE + GRACE:
+                    self.lost(link, "it did not answer the hello")
+                next_time = min(next_time, link.began + HANDSHAKE + GRACE + TICK)
+            elif link.peer.record is None:
                 if link.calls.pending:
                     next_time = min(next_time, now + SLOW_TICK)
                 else:
                     self.lost(link, "its record was withdrawn")
-        for peer in self.protocol.peers.peers.values():
+        for peer in self.protocol.peers.away.values():
             if peer.state == RESTING and peer.rested_at < next_time:
                 next_time = peer.rested_at
         beat = inbox.timer()

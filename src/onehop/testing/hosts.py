@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import IPv4Address, IPv4Network
@@ -49,7 +50,7 @@ PREFIX, PREFIX6 = 16, 64
 QUEUE = 10_000
 """Packets that a device holds for the switch: losses shall be those that were asked for."""
 PATIENCE = 30.0
-"""Seconds that the switch may take to obey."""
+"""Seconds that the switch, or the kernel, may take to obey."""
 
 _CLONE_NEWNET = 0x4000_0000
 # Requests of ioctl(2): netdevice(7), and linux/if_tun.h for most architectures.
@@ -481,6 +482,7 @@ def _namespace(addresses: Sequence[tuple[str, str]]) -> tuple[int, list[int]]:
                     failed.callback(os.close, devices[-1])
                     step = f"the addresses {address} and {address6}"
                     _set_up(control, f"eth{number}", address, address6)
+                    _wait_for(address6)
             failed.pop_all()
         except OSError as error:
             raise HostsUnavailable(
@@ -502,7 +504,7 @@ def _device(name: str) -> int:
 
 def _set_up(control: socket.socket, name: str, address: str, address6: str) -> None:
     _configure(control, _SIOCSIFTXQLEN, name, struct.pack("i", QUEUE))
-    # Without neighbour discovery, IPv6 addresses are usable at once.
+    # Without neighbour discovery, nobody is asked whether he has the IPv6 address already.
     _configure(control, _SIOCSIFFLAGS, name, struct.pack("H", _IFF_UP | _IFF_NOARP))
     mask = IPv4Network((0, PREFIX)).netmask
     for request, value in ((_SIOCSIFADDR, IPv4Address(address)), (_SIOCSIFNETMASK, mask)):
@@ -511,6 +513,16 @@ def _set_up(control: socket.socket, name: str, address: str, address6: str) -> N
         index = socket.if_nametoindex(name)
         packed = socket.inet_pton(socket.AF_INET6, address6)
         fcntl.ioctl(control6, _SIOCSIFADDR, struct.pack("=16sIi", packed, PREFIX6, index))
+
+
+def _wait_for(address6: str) -> None:
+    """Until the kernel takes packets for an IPv6 address in: its route is made after the address, by a thread."""
+    deadline = time.monotonic() + PATIENCE
+    route = f"{socket.inet_pton(socket.AF_INET6, address6).hex()} 80 "
+    while not any(line.startswith(route) for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the kernel has made no route to {address6} for {PATIENCE:g} s")
+        time.sleep(0.001)
 
 
 def _configure(control: socket.socket, request: int, name: str, value: bytes) -> None:

@@ -17,7 +17,7 @@ from onehop.errors import CallError, Executed, OnehopError
 from onehop.protocol import wire
 from onehop.protocol.inbox import Request
 from onehop.protocol.node import NodeProtocol
-from onehop.protocol.peers import USABLE, Peer
+from onehop.protocol.peers import Peer
 from onehop.protocol.routes import Route
 from onehop.testing.clock import Clock
 
@@ -340,9 +340,9 @@ class Invariants:
         part = self._ledger[ENTRY_NUMBER.unpack_from(body)[0]].receivers[node, server]
         part.asked.append((node, part.started))
 
-    def chose(self, engine: EngineLike, route: Route) -> None:
-        """A route was chosen: a usable peer whose record offers this."""
-        wrong = _against_route(route.peer, route.service, route.server)
+    def chose(self, engine: EngineLike, route: Route, *, is_fan_out: bool = False) -> None:
+        """A route was chosen: a peer whose record offers this, and a usable one unless everybody is addressed."""
+        wrong = _against_route(route.peer, route.service, route.server, is_fan_out=is_fan_out)
         if wrong:
             self.fail(f"node {engine.index} chose a route to a peer {wrong}")
 
@@ -375,7 +375,7 @@ class Invariants:
                     self.fail(f"node {engine.index} lists a route to a peer {wrong or 'it does not know'}")
                 listed.add((route.peer.id, service, route.server))
         for peer in engine.protocol.peers.peers.values():
-            if peer.record is None or peer.state not in USABLE or peer.record.state != "serving":
+            if peer.record is None or not peer.usable or peer.record.state != "serving":
                 continue
             for service, servers in peer.record.services.items():
                 if not all((peer.id, service, server) in listed for server in servers):
@@ -398,12 +398,12 @@ ENTRY_NUMBER = struct.Struct("<Q")
 REPLY_BODY = struct.Struct("<Q16s")
 
 
-def _against_route(peer: Peer, service: str, server: str) -> str:
+def _against_route(peer: Peer, service: str, server: str, *, is_fan_out: bool = False) -> str:
     record: Any = peer.record
     if record is None:
         return "without a record"
-    if peer.state not in USABLE:
-        return f"that is {peer.state}"
+    if not peer.usable and not is_fan_out:
+        return f"that is {peer.state}, after {peer.failures} failures"
     if record.state != "serving" or server not in record.services.get(service, ()):
         return f"whose record does not offer {service!r} at {server!r}"
     return ""

@@ -102,7 +102,6 @@ class VirtualTree:
         now = engine.clock.now
         left = (request.deadline or now) - now
         job = _Job(request, service, method, body, now + left - min(MARGIN, left / 10), dict.fromkeys(receivers))
-        engine.protocol.rouse()
         for receiver in receivers:
             task = Task(engine.clock)
             task.start(self._pass_on(job, receiver, task))

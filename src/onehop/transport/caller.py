@@ -36,6 +36,8 @@ HANDSHAKE = 5.0
 """Seconds a peer has to answer a hello."""
 CASTS_UNDER_WAY = 64
 """Of one stream of casts, sent and not acknowledged."""
+HURRY = 1.0
+"""Seconds a peer has to answer a hello before another is asked, where there is another."""
 BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
 PATIENCE = 1.0
@@ -204,16 +206,21 @@ class Caller(ABC):
             self._keep()
         return link
 
-    async def _connect(self, peer: Peer, until: float) -> Link:
+    async def _connect(self, peer: Peer, until: float, patience: float) -> Link:
         """The ready link to ``peer``.
+
+        Args:
+            patience: seconds after which another is to be asked, while this one may still answer its hello.
 
         Raises:
             PeerLost, CallTimeout: it did not become ready; nothing was sent.
         """
         link = self._begin_link(peer)
-        await self._await_hello(link, until)
+        await self._await_hello(link, min(until, monotonic() + patience))
         if link.hello.outcome == REPLIED:
             return link
+        if link.hello.outcome is None and monotonic() < min(until, link.began + HANDSHAKE):
+            raise errors.PeerLost(f"{name_of(peer)} has not answered the hello for {patience:g} s", executed="no")
         if link.hello.outcome is None and monotonic() >= until:
             raise errors.CallTimeout(f"{name_of(peer)} did not answer the hello before the deadline", executed="no")
         why, event = link.ended or "it did not answer the hello", LOST_PEER
@@ -417,7 +424,8 @@ class Caller(ABC):
         attempt.route, attempt.record = route, route.peer.record
         link: Link | None = route.peer.link
         if link is None or not link.ready:
-            link = await self._connect(route.peer, attempt.until)
+            candidates = self.protocol.routes.candidates(attempt.terms.service, attempt.terms.server)
+            link = await self._connect(route.peer, attempt.until, HURRY if len(candidates) > 1 else HANDSHAKE)
         self._send_over(link, route, attempt, kind, flags, body)
 
     def _send_over(self, link: Link, route: Route, attempt: Attempt, kind: int, flags: int, body: Body) -> None:
@@ -563,8 +571,6 @@ class Caller(ABC):
             await self.want(terms.service, now + terms.timeout)
         if not self.registry.is_fresh():
             await self._cold(self.registry.refresh)
-        with self.lock:
-            self.protocol.rouse()
         everyone: list[Attempt] = []
         try:
             await self._scatter(everyone, terms, kind, flags, method, body, now)
@@ -582,7 +588,9 @@ class Caller(ABC):
         request = serving.get()
         if request is not None and request.deadline is not None:
             until = min(until, request.deadline)
-        for route in self.protocol.routes.distinct(terms.service, terms.server):
+        with self.lock:
+            receivers = self.protocol.receivers(terms.service, terms.server)
+        for route in receivers:
             attempt = Attempt(terms, method, until, now)
             attempt.route = route
             everyone.append(attempt)

@@ -13,6 +13,7 @@ import os
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from onehop.protocol.inbox import Inbox
 from onehop.protocol.peers import IDLE
 from onehop.settings import Settings
 from onehop.statistics import Statistics, of_peer
-from onehop.transport.caller import Caller
+from onehop.transport.caller import HANDSHAKE, Caller
 from onehop.transport.carrier import Carrier
 from onehop.transport.inbound import Inbound
 from onehop.transport.link import Link
@@ -218,8 +219,12 @@ class Engine(Caller):
             link.look()
         with self.lock:
             before = self.protocol.routes
-            self.protocol.handle_timer(now)
-            if self.protocol.routes is not before:
+            rested = self.protocol.handle_timer(now)
+        for peer in rested:
+            with suppress(errors.OnehopError):  # then it rests again
+                self._begin_link(peer)
+        if self.protocol.routes is not before:
+            with self.lock:
                 self._tell_change()
         if now - self._looked >= SLOW_TICK:
             self._looked = now
@@ -259,6 +264,8 @@ class Engine(Caller):
             link.idle_at = now + self.settings.idle_timeout * (0.8 + 0.4 * self.protocol.peers.random())
             self._rest(link, idle)  # before the look: nothing may come unseen between
         link.look()
+        if not link.ready and now - link.began > HANDSHAKE + GRACE:  # nobody waited for its hello
+            self._lost(link.peer, link, "it did not answer the hello")
         for call in calls.expire(now - GRACE):  # begun, and its owner never came back for it
             self._give_up(link, call)
         if link.peer.record is None and not calls.pending:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from onehop.errors import PeerLost, Rejected, WireError
 from onehop.interfaces import Record
 from onehop.protocol import tree, wire
-from onehop.protocol.calls import REPLIED
 from onehop.protocol.inbox import Inbox, Request
 from onehop.protocol.routes import Route
 from onehop.protocol.wire import Body
@@ -33,7 +32,7 @@ AT_ONCE = 8
 BRIEF = 0.02
 """Seconds for which the origin waits for one relay before it looks after the next."""
 HURRY = 1.0
-"""Seconds, of a quarter of the time there is, after which a relay that cannot be reached is not waited for."""
+"""Seconds, or a quarter of the time there is, after which a relay that cannot be reached is not waited for."""
 MARGIN = 0.5
 """Seconds, or a tenth of the time there is, that a relay keeps for its answer to travel."""
 
@@ -59,20 +58,18 @@ class Tree:
         """Send a cast to the routes of all attempts, and see each to its outcome or ``error``."""
         caller = self._caller
         chunks, direct = tree.plan([each.route for each in everyone], caller.protocol.id, next(self._turns))
-        attempts = {each.route: each for each in everyone}
+        attempts, first = {each.route: each for each in everyone}, everyone[0]
+        terms = Terms(tree.SERVICE, "", first.until - first.started, 0.0)
         relayed: list[Relayed] = []
         parcels: list[Parcel] = []
         for relay, receivers in chunks:
-            told = [attempts[route] for route in receivers]
-            first = told[0]
-            request = tree.request(first.terms.service, first.method, list(map(tree.receiver_of, receivers)), body)
+            request = tree.request(first.terms.service, first.method, map(tree.receiver_of, receivers), body)
             if len(request) > caller.settings.max_message:
                 direct += receivers
                 continue
-            terms = Terms(tree.SERVICE, "", first.until - first.started, 0.0)
             asked = Attempt(terms, tree.METHOD, first.until, first.started)
             asked.route = Route(relay.peer, tree.SERVICE, "")
-            relayed.append((asked, told))
+            relayed.append((asked, [attempts[route] for route in receivers]))
             parcels.append((asked, wire.REQUEST, 0, request))
         sent = [attempts[route] for route in direct]
         parcels += [(each, wire.CAST, wire.FANOUT, body) for each in sent]
@@ -132,34 +129,27 @@ class Tree:
     def _hear(self, asked: Attempt, told: list[Attempt]) -> list[Attempt]:
         """Take in what a relay said of its chunk; returns the attempts of which nothing was sent."""
         asked.seconds = monotonic() - asked.started
-        error = asked.error
+        relay, error = name_of(asked.route.peer), asked.error
+        said: list[tree.Receipt] = []
         try:
-            if error is None and asked.call.outcome != REPLIED:
-                error = PeerLost("it failed")
-            receipts = tree.parse_receipts(asked.call.body, len(told)) if error is None else []
-        except WireError as wrong:
+            if error is None:
+                said = tree.parse_receipts(asked.call.body, len(told))
+        except WireError as wrong:  # or it says that it failed
             error = PeerLost(str(wrong))
-        relay = name_of(asked.route.peer)
         if error is not None:
-            if error.executed == "no":
-                return told
-            for each in told:
-                each.seconds = asked.seconds
-                each.error = PeerLost(f"{each}: its relay, {relay}, was lost; it is unknown whether it ran ({error})")
-            return []
-        way = asked.seconds - max(each.seconds for each in receipts)
+            outcome, why = tree.NOT_SENT if error.executed == "no" else tree.UNKNOWN, f"was lost ({error})"
+            said = [tree.Receipt(outcome, 0.0, "", f"{each}: its relay {why}; unknown whether it ran") for each in told]
+        way = asked.seconds - max(each.seconds for each in said)
         unsent = []
-        for each, (outcome, seconds, reason, text) in zip(told, receipts, strict=True):
+        for each, (outcome, seconds, reason, text) in zip(told, said, strict=True):
             each.seconds = way + seconds
+            text = f"{text} (through a relay, {relay})"
             if outcome == tree.NOT_SENT:
                 unsent.append(each)
             elif outcome == tree.REFUSED:
-                each.error = Rejected(
-                    f"{text} (told by a relay, {relay})",
-                    reason=reason, executed="unknown" if reason == "duplicate" else "no",
-                )  # fmt: skip
+                each.error = Rejected(text, reason=reason, executed="unknown" if reason == "duplicate" else "no")
             elif outcome == tree.UNKNOWN:
-                each.error = PeerLost(f"{text} (told by a relay, {relay})")
+                each.error = PeerLost(text)
         return unsent
 
     # A relay --------------------------------------------------------------------------------------
@@ -221,7 +211,6 @@ class Tree:
         left -= min(MARGIN, left / 10)
         terms, attempts = Terms(service, "", left, 0.0), []
         with caller.lock:
-            caller.protocol.rouse()
             for node, server, host, endpoints in receivers:
                 record = Record(node=node, host=host, endpoints=endpoints)
                 attempts.append(Attempt(terms, method, now + left, now))
