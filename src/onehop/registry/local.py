@@ -27,7 +27,7 @@ import msgspec
 from onehop.errors import OnehopError, RegistryError, SettingsError
 from onehop.interfaces import Deliver, Record, Registry
 from onehop.registry.inotify import Changes, Inotify
-from onehop.settings import Settings
+from onehop.settings import Settings, redacted
 
 RECORD_LIMIT = 1024 * 1024  # bytes of one record
 SOCKET_PATH_LIMIT = 107  # bytes of a path that a Unix socket can have
@@ -81,7 +81,7 @@ class LocalRegistry(Registry):
     def __init__(self, settings: Settings, url: str = "local", *, inotify: bool = True) -> None:
         if url.rstrip(":/") != "local":
             raise SettingsError(
-                f"registry is {url!r}; it must be 'local' alone: its place is the setting run_directory"
+                f"registry is {redacted(url)!r}; it must be 'local' alone: its place is the setting run_directory"
             )
         self.skipped: dict[str, str] = {}
         self._settings = settings
