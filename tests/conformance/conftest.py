@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
+import socket as net
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -152,7 +152,7 @@ def free_port(host: str) -> int:
     """A port that nobody listens at, outside the kernel's ephemeral range: no connection takes it meanwhile."""
     while True:
         port = random.randrange(10_000, 15_000)
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe, suppress(OSError):
+        with net.socket(net.AF_INET6 if ":" in host else net.AF_INET) as probe, suppress(OSError):
             probe.bind((host, port))
             return port
 

@@ -276,8 +276,8 @@ class _Inbound(_Socket):
                         "ONEHOP_ADDRESS)?"
                     ) from None
         raise SettingsError(
-            f"cannot listen at {place}: each of the ports {ports[:40]}... is in use, and every process that serves takes "
-            "one: give more (ports, ONEHOP_PORTS)"
+            f"cannot listen at {place}: each of the ports {ports[:40]}... is in use, and every process that serves "
+            "takes one: give more (ports, ONEHOP_PORTS)"
         )
 
     def _send_frame(self, identity: bytes, frame: bytes) -> bool:
