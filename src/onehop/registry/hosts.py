@@ -86,7 +86,7 @@ class HostsRegistry(Registry):
         if url.lower().startswith("file:"):
             self._list: HostsList = HostsFile(url, port)
         else:
-            self._list = HostsList(urls.parse(url, port).servers)
+            self._list = HostsList(urls.parse(url, port, login=False).servers)
         self._local = LocalRegistry(settings)
         self._watcher: _Watcher | None = None
         self._wanted: set[str] = set()

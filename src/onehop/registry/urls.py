@@ -28,12 +28,13 @@ class Place:
     shown: str = ""
 
 
-def parse(url: str, port: int, options: tuple[str, ...] = ()) -> Place:
+def parse(url: str, port: int, options: tuple[str, ...] = (), *, login: bool = True) -> Place:
     """What ``url`` says.
 
     Args:
         port: of servers that name none.
         options: names that the query may have.
+        login: whether there may be a user and a password.
 
     Raises:
         SettingsError: it is not such a URL; says what is wrong and what would be right.
@@ -55,10 +56,12 @@ def parse(url: str, port: int, options: tuple[str, ...] = ()) -> Place:
         raise wrong("a '#' has no meaning in it")
     if path:
         raise wrong(f"the path {slash + path!r} has no meaning in it (the realm is a setting of its own)")
-    login, at, hosts = place.rpartition("@")
-    if "@" in login:
+    words, at, hosts = place.rpartition("@")
+    if at and not login:
+        raise wrong("a user and a password have no meaning in it: nobody asks for them there")
+    if "@" in words:
         raise wrong("a user and a password stand once, before all servers; an '@' in them is written %40")
-    user, _, password = login.partition(":") if at else ("", "", "")
+    user, _, password = words.partition(":") if at else ("", "", "")
     servers = tuple(_server(each, port, wrong) for each in hosts.split(",") if each)
     if not servers:
         raise wrong("it names no server")
