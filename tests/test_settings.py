@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import onehop
 from onehop.errors import SettingsError
 from onehop.settings import ENVIRONMENT_PREFIX, Settings, from_environment, revise
 
@@ -153,3 +154,15 @@ def test_password_of_the_registry_is_never_shown(url: str, shown: str) -> None:
 )
 def test_registry_without_a_password_is_shown_as_it_is(url: str) -> None:
     assert Settings(registry=url).shown_registry == url
+
+
+def test_settings_that_let_nobody_listen_are_told_before_anything_is_touched() -> None:
+    for wrong, told in (
+        ({"ports": "9564-9501"}, "such as 9501-9564"),
+        ({"advertise": "myhost"}, "must be an IP address"),
+        ({"advertise": "0.0.0.0"}, "nobody can be reached"),
+        ({"registry": "nonsense://x"}, "it must be, or be a URL that begins with"),
+    ):
+        with pytest.raises(SettingsError, match=told):
+            onehop.Node(**wrong).check()
+    onehop.Node().check()

@@ -58,8 +58,8 @@ def _within(text: str) -> str:
     found = _source(first, 9)
     if found is None or found not in network:
         raise SettingsError(
-            f"address is the network {text}, in which this host has no address"
-            + (f" (its way there begins at {found})" if found else "")
+            f"address is the network {text}, and this host would not speak from an address in it"
+            + (f": its way there begins at {found}" if found else ": no way leads there")
             + "; name one that `ip address` shows"
         )
     return str(found)
@@ -149,9 +149,12 @@ def advertised(endpoints: Sequence[str], address: str) -> tuple[str, ...]:
     if not address:
         return tuple(endpoints)
     try:
-        host = bracketed(str(ip_address(address)))
+        given = ip_address(address)
     except ValueError:
         raise SettingsError(f"advertise is {address!r}; it must be an IP address") from None
+    if given.is_unspecified or given.is_multicast:
+        raise SettingsError(f"advertise is {address!r}, at which nobody can be reached")
+    host = bracketed(str(given))
     return tuple(f"tcp://{host}:{each.rpartition(':')[2]}" if each.startswith("tcp://") else each for each in endpoints)
 
 

@@ -211,6 +211,10 @@ def parts_of(settings: Settings, network: Network | None) -> tuple[Carrier, Regi
             ports = listening_ports(settings.ports)
             # The first is for the directory of a host (registry/hosts.py), unless the registry's URL names others.
             taken = {ports[0], *(port for _host, port in registry.addresses)} if len(ports) > 1 else set()
+            if taken.issuperset(ports):
+                raise SettingsError(
+                    f"ports is {settings.ports!r}, and each of them is one of the registry's servers: give more"
+                )
             address = listening_address(settings, registry.addresses)
             places.append(f"tcp://{bracketed(address)}:{','.join(str(port) for port in ports if port not in taken)}")
         return places

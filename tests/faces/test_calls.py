@@ -613,3 +613,17 @@ def test_registry_that_fails_keeps_no_service_half_withdrawn(node) -> None:
         client.call("read")
     assert caught.value.executed == "no"
     registry.withdraw = withdraw
+
+
+def test_call_after_a_broken_connection_to_a_living_server_waits_for_it_and_succeeds(node) -> None:
+    serving = node()
+    serving.serve("clock", {"read": lambda: 1}, server="a")
+    calling = node()
+    client = calling.client("clock", server="a")
+    assert client.call("read") == 1
+    for _ in range(3):
+        inner = calling._core()
+        engine = getattr(inner, "_inner", inner)
+        (link,) = list(engine._links.values())
+        engine._lost(link.peer, link, "broken for this test")
+        assert client.call("read") == 1

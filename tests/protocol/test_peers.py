@@ -347,3 +347,26 @@ def test_an_address_at_which_another_node_answered_is_left_alone_for_a_minute() 
     assert peers.event(peer, states.REPLACED, 7.0)
     assert peer.rested_at == 7.0 + states.REPLACED_PAUSE
     assert peers.expected("clock", "") == states.NEVER, "nobody waits for it"
+
+
+@pytest.mark.parametrize("way", ["killed", "drained", "withdrawn first"])
+def test_turns_are_taken_however_the_server_went(way: str) -> None:
+    peers = table(1)
+    peer = only(peers)
+    for event in (states.CONNECT, states.HELLO):
+        peers.event(peer, event)
+    peer.place = 1_000
+    if way == "drained":
+        peers.event(peer, states.GOODBYE)
+    if way != "withdrawn first":
+        peers.event(peer, states.LOST, 1.0)
+    peers.learn([record(2)], now=2.0)  # the same view takes the old one away
+    assert peers.peers[(2).to_bytes(16, "big")].state == states.RESTING
+
+
+@pytest.mark.parametrize("state", [states.CONNECTING, states.READY, states.DRAINING])
+@pytest.mark.parametrize("event", [states.LOST, states.REPLACED])
+def test_a_connection_that_ends_leaves_no_peer_connected_whatever_its_state(state: str, event: str) -> None:
+    peers, peer = in_state(state)
+    assert peers.event(peer, event)
+    assert peer.state in (states.RESTING, states.GONE)

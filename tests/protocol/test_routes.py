@@ -232,3 +232,10 @@ def test_the_next_nearest_steps_in_for_a_peer_that_cannot_be_used() -> None:
     routes = Routes(b"", 2).changed(peers)
     peers[0].state = DRAINING
     assert [route.peer for route in routes.changed(peers[:1]).candidates("clock")] == peers[1:3]
+
+
+def test_who_was_refused_for_want_of_room_does_not_go_beyond_the_subset() -> None:
+    routes = Routes(b"", 2).changed([peer_of(number) for number in range(1, 6)])
+    near = routes.candidates("clock")
+    assert routes.untried("clock", "", near[:1], beyond=False) == near[1:]
+    assert routes.untried("clock", "", near, beyond=False) == ()

@@ -285,3 +285,9 @@ def test_the_registry_may_tell_of_a_peer_later() -> None:
     assert [route.peer for route in protocol.routes.of("clock")] == [peer]
     protocol.learn([])
     assert protocol.routes.of("clock") == ()
+
+
+def test_endpoints_that_no_system_could_have_are_no_request() -> None:
+    raw = tree.request("clock", "read", [tree.Receiver("00" * 16, "a", "h", ("ipc:///\ud800",))], b"")
+    with pytest.raises(WireError):
+        tree.parse_request(raw)

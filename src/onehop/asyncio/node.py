@@ -17,6 +17,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
+from onehop.addresses import advertised, listening_ports
 from onehop.asyncio.client import Client, Stream
 from onehop.asyncio.server import Listener, Server
 from onehop.errors import NodeClosed, SettingsError
@@ -84,12 +85,15 @@ class Node:
             self._starting = None  # after a failure, it may be tried again
 
     def check(self) -> None:
-        """See whether the registry can be used as its URL says, as far as that shows without touching anything.
+        """See whether the settings can be used, as far as that shows without touching anything.
 
         Raises:
-            SettingsError: nothing has that URL, or the package it needs is missing; says what would be right.
+            SettingsError: no registry has that URL, the package it needs is missing, or nobody can listen at these
+                ports, or be reached at that address; says what would be right.
         """
         parts_of(self.settings, self._network)
+        listening_ports(self.settings.ports)
+        advertised((), self.settings.advertise)
 
     # Serving --------------------------------------------------------------------------------------
 

@@ -87,13 +87,18 @@ class Routes:
                 self._near[service] = near
         return near
 
-    def untried(self, service: str, server: str, tried: Sequence[Route]) -> tuple[Route, ...]:
-        """Of the candidates those not ``tried``; where each was, the same of all that the service has."""
+    def untried(self, service: str, server: str, tried: Sequence[Route], *, beyond: bool = True) -> tuple[Route, ...]:
+        """Of the candidates those not ``tried``; where each was, the same of all that the service has.
+
+        Args:
+            beyond: whether those outside the subset may be asked: not by one who was refused since there is too much
+                to do, or everybody would connect to everybody just then.
+        """
         near = self.candidates(service, server)
         if not tried:
             return near
-        everyone = self.of(service, server)
-        return tuple(each for each in near if each not in tried) or tuple(e for e in everyone if e not in tried)
+        left = tuple(each for each in near if each not in tried)
+        return left or tuple(each for each in self.of(service, server) if beyond and each not in tried)
 
     def distinct(self, service: str, server: str = "") -> tuple[Route, ...]:
         """As :meth:`of`, each (peer, server) once: whom a fan-out addresses."""

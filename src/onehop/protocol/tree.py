@@ -88,8 +88,8 @@ def _split(routes: list[_Numbered], own: bytes, size: int, bit: int) -> list[lis
 
 
 def _is_willing(each: _Numbered, own: bytes) -> bool:
-    peer = each[1].peer
-    return peer.record is not None and peer.record.relay and not peer.failures and peer.id != own
+    peer, record = each[1].peer, each[1].peer.record  # once: it may go meanwhile
+    return record is not None and record.relay and not peer.failures and peer.id != own
 
 
 # What they say to each other ----------------------------------------------------------------------
@@ -145,7 +145,7 @@ def parse_request(raw: Body) -> tuple[str, str, list[Receiver], Body]:
         receivers = [Receiver(node, server, host, tuple(endpoints)) for node, server, host, endpoints in told]
         for node, server, host, endpoints in receivers:
             wire.names(service, server, method)
-            is_text = all(isinstance(each, str) for each in (host, *endpoints))
+            is_text = all(isinstance(each, str) and each.encode() is not None for each in (host, *endpoints))
             if len(bytes.fromhex(node)) != 16 or not endpoints or not is_text:
                 raise WireError(f"{node!r} on {host!r} at {endpoints!r} is no receiver")
     except _NONSENSE as error:

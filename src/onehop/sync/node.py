@@ -16,6 +16,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
+from onehop.addresses import advertised, listening_ports
 from onehop.errors import NodeClosed, SettingsError
 from onehop.faces import Gathered, Network, Receipt, ServerView, checked_name, parts_of, servers_of, told
 from onehop.interfaces import Record
@@ -71,12 +72,15 @@ class Node:
             return self._engine
 
     def check(self) -> None:
-        """See whether the registry can be used as its URL says, as far as that shows without touching anything.
+        """See whether the settings can be used, as far as that shows without touching anything.
 
         Raises:
-            SettingsError: nothing has that URL, or the package it needs is missing; says what would be right.
+            SettingsError: no registry has that URL, the package it needs is missing, or nobody can listen at these
+                ports, or be reached at that address; says what would be right.
         """
         parts_of(self.settings, self._network)
+        listening_ports(self.settings.ports)
+        advertised((), self.settings.advertise)
 
     # Serving --------------------------------------------------------------------------------------
 

@@ -407,7 +407,7 @@ class VirtualEngine:
         while True:
             if self.closed:
                 return NodeClosed("this node was closed while a request waited for a server")
-            routes = self.protocol.routes.untried(entry.service, entry.server, tried)
+            routes = self.protocol.routes.untried(entry.service, entry.server, tried, beyond=not full)
             if routes:
                 return choose(routes, next(turns))
             if error is not None and (full or clock.now >= ready):

@@ -195,6 +195,9 @@ class Caller(ABC):
                 if isinstance(error, errors.ResourceLimit):
                     raise
                 raise errors.PeerLost(f"{name_of(peer)}: {error}", executed="no") from error
+            except BaseException:  # an interrupt; or an endpoint that no system could have
+                self.protocol.lost(peer, "no connection could be begun", monotonic())
+                raise
             why = socket.ended()  # the monitor's descriptor tells nothing before a first look
             link = peer.link = self._new_link(socket, peer.calls, self._control)
             link.peer = peer
@@ -223,13 +226,18 @@ class Caller(ABC):
             raise errors.PeerLost(f"{name_of(peer)} has not answered the hello for {patience:g} s", executed="no")
         if link.hello.outcome is None and monotonic() >= until:
             raise errors.CallTimeout(f"{name_of(peer)} did not answer the hello before the deadline", executed="no")
+        why = self._not_ready(link)
+        raise errors.PeerLost(f"no connection to {name_of(peer)}: {link.error or why}", executed="no") from link.error
+
+    def _not_ready(self, link: Link) -> str:
+        """The hello of ``link`` was refused, or not answered in time: it is over; returns why."""
         why, event = link.ended or "it did not answer the hello", LOST_PEER
         if link.hello.outcome == REJECTED:
             why = "{}: {}".format(*link.hello.body)
             if link.hello.body[0] == "wrong node":
                 event = REPLACED
-        self._lost(peer, link, why, event)
-        raise errors.PeerLost(f"no connection to {name_of(peer)}: {link.error or why}", executed="no") from link.error
+        self._lost(link.peer, link, why, event)
+        return why
 
     async def _await_hello(self, link: Link, until: float) -> bool:
         """Wait until the hello has an outcome, for as long as a peer has to answer it; whether it has."""
@@ -363,17 +371,18 @@ class Caller(ABC):
             await self._settle(*under_way.popleft())
 
     async def _settle(self, attempt: Attempt, body: bytes) -> None:
-        pause = 0.001
+        pause, until = 0.001, attempt.until
         while True:
             try:
                 await self.carry_through(attempt, wire.CAST, 0, body, under_way=True)
                 return
             except errors.Rejected as error:
-                if error.reason != "full" or monotonic() + pause >= attempt.until:
+                if error.reason != "full" or monotonic() + pause >= until:
                     raise
             await self._sleep(pause)
             pause = min(pause * 2, 0.1)
             attempt = await self.start_request(attempt.terms, wire.CAST, 0, attempt.method, body)
+            attempt.until = until
 
     async def carry_through(
         self, attempt: Attempt, kind: int, flags: int, body: Body, *, under_way: bool = False
@@ -506,7 +515,7 @@ class Caller(ABC):
         hope = max((link.began + HANDSHAKE for link in links if link and not (link.ready or link.ended)), default=0.0)
         ready = min(attempt.until, max(attempt.started + terms.ready_timeout, hope))
         while True:
-            routes = self.protocol.routes.untried(terms.service, terms.server, tried)
+            routes = self.protocol.routes.untried(terms.service, terms.server, tried, beyond=not full)
             if routes:
                 return choose(routes, next(terms.turns))
             if error is not None and (full or monotonic() >= ready):
@@ -636,6 +645,10 @@ class Caller(ABC):
             heard = await self._await_hello(begun, min(now + BRIEF, attempt.until))
             if not heard and now < min(attempt.until, begun.began + HANDSHAKE):
                 silent.append(parcel)
+                continue
+            if begun.ended is not None and not begun.ready:
+                why = self._not_ready(begun)
+                attempt.error = errors.PeerLost(f"no connection to {name_of(begun.peer)}: {why}", executed="no")
                 continue
             try:
                 await self._send_to(attempt.route, attempt, kind, flags, body)

@@ -112,7 +112,7 @@ class Engine(Caller):
                 self._receive(self.inbound)
             try:
                 self._announce()
-            except errors.RegistryError:
+            except errors.OnehopError:
                 self.withdraw(queue)
                 raise
         self._keep()
@@ -266,8 +266,9 @@ class Engine(Caller):
             link.idle_at = now + self.settings.idle_timeout * (0.8 + 0.4 * self.protocol.peers.random())
             self._rest(link, idle)  # before the look: nothing may come unseen between
         link.look()
-        if not link.ready and now - link.began > HANDSHAKE + GRACE:  # nobody waited for its hello
-            self._lost(link.peer, link, "it did not answer the hello")
+        if not link.ready and (link.hello.outcome is not None or now - link.began > HANDSHAKE + GRACE):
+            self._not_ready(link)  # nobody waited for its hello
+            return
         for call in calls.expire(now - GRACE):  # begun, and its owner never came back for it
             self._give_up(link, call)
         if link.peer.record is None and not calls.pending:

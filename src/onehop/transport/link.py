@@ -217,6 +217,8 @@ class Link(ABC):
             self.ended, self.ready = why, False
         finally:
             self._lock.release()
+            if self._out:  # queued meanwhile, by somebody who found the lock taken
+                self.interrupted()
         return True
 
     def end(self, why: str) -> bool:
