@@ -168,7 +168,7 @@ def servers_of_clients(clients: int, servers: list[bytes], subset: int) -> list[
     ]
     for number in range(clients):
         peers = PeerTable(sha256(b"client %d" % number).digest()[:16], lambda: 0.5)
-        routes = Routes(subset).changed(peers.learn(records))
+        routes = Routes(peers.node, subset).changed(peers.learn(records))
         found.append({route.peer.id for route in routes.candidates("clock")})
     return found
 
@@ -202,14 +202,14 @@ def test_subset_is_of_peers_and_keeps_all_that_one_peer_offers() -> None:
     peers = [peer_of(number, {"clock": ("a", "a", "b")}) for number in range(1, 6)]
     for peer in peers:
         peer.distance = peer.id
-    routes = Routes(2).changed(peers)
+    routes = Routes(b"", 2).changed(peers)
     assert [(route.peer, route.server) for route in routes.candidates("clock")] == [
         (peer, server) for peer in peers[:2] for server in ("a", "a", "b")
     ]
 
 
 def test_named_server_and_fan_out_know_no_subset() -> None:
-    routes = Routes(2).changed([peer_of(number, {"clock": (str(number),)}) for number in range(1, 30)])
+    routes = Routes(b"", 2).changed([peer_of(number, {"clock": (str(number),)}) for number in range(1, 30)])
     assert len(routes.candidates("clock")) == 2
     assert len(routes.distinct("clock")) == 29
     for number in range(1, 30):
@@ -217,7 +217,7 @@ def test_named_server_and_fan_out_know_no_subset() -> None:
 
 
 def test_when_each_of_the_subset_was_tried_the_others_are() -> None:
-    routes = Routes(2).changed([peer_of(number) for number in range(1, 5)])
+    routes = Routes(b"", 2).changed([peer_of(number) for number in range(1, 5)])
     near = routes.candidates("clock")
     assert routes.untried("clock", "", ()) == near
     assert routes.untried("clock", "", near[:1]) == near[1:]
@@ -229,6 +229,6 @@ def test_the_next_nearest_steps_in_for_a_peer_that_cannot_be_used() -> None:
     peers = [peer_of(number) for number in range(1, 6)]
     for peer in peers:
         peer.distance = peer.id
-    routes = Routes(2).changed(peers)
+    routes = Routes(b"", 2).changed(peers)
     peers[0].state = DRAINING
     assert [route.peer for route in routes.changed(peers[:1]).candidates("clock")] == peers[1:3]

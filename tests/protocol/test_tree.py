@@ -105,6 +105,17 @@ def test_an_origin_is_not_its_own_relay() -> None:
         assert route not in relays(everyone, own=route.peer.id)
 
 
+def test_a_node_that_was_lost_is_no_relay_before_it_is_reached_again() -> None:
+    everyone = routes(400)
+    lost = list(relays(everyone))[::2]
+    for route in lost:
+        route.peer.failures = 1
+    chunks, direct = tree.plan(everyone, OWN, 0)
+    assert not {chunk.relay for chunk in chunks} & set(lost)
+    assert len(direct) == len(chunks)
+    assert {route for chunk in chunks for route in chunk.receivers} >= set(lost)
+
+
 def test_without_anybody_willing_all_goes_directly() -> None:
     everyone = routes(100, willing=0.0)
     assert tree.plan(everyone, OWN, 0) == ([], everyone)

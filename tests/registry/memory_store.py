@@ -90,6 +90,7 @@ class MemoryStore(Store):
         self.tell: Tell | None = None
         self.following: set[str] = set()
         self.mine: dict[Key, int] = {}
+        self.has_lease = False
         self.threads: set[str] = set()
 
     def _check(self) -> None:
@@ -101,6 +102,7 @@ class MemoryStore(Store):
         self._check()
         self.tell = tell
         self.following.clear()
+        self.has_lease = False
 
     def follow(self, service: str) -> Mapping[Key, bytes]:
         self._check()
@@ -121,6 +123,7 @@ class MemoryStore(Store):
         for key, value in wanted.items():
             self.database.put(key, value, lease)
         self.mine = dict.fromkeys(wanted, lease)
+        self.has_lease = True
 
     def withdraw(self) -> None:
         self._check()
@@ -131,7 +134,7 @@ class MemoryStore(Store):
     def keep(self) -> None:
         self._check()
         self.database.keeps += 1
-        if any(self.database.leases.get(key) != lease for key, lease in self.mine.items()):
+        if self.has_lease and any(self.database.leases.get(key) != lease for key, lease in self.mine.items()):
             raise LeaseLost("the database in memory does not know our keys")
 
     def close(self) -> None:

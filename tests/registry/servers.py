@@ -198,8 +198,11 @@ class Sentinels:
 
     def __enter__(self) -> Self:
         try:
-            for each in (*self.servers, self.sentinel):
+            for each in self.servers:
                 each.start()
+            # Before the Sentinel asks the primary for its replicas: it asks again after ten seconds only.
+            assert eventually(self._is_linked, START_WITHIN), "the replica does not find its primary"
+            self.sentinel.start()
             assert eventually(self._is_ready, START_WITHIN), "the Sentinel does not see the replica"
         except BaseException:
             self.__exit__()
@@ -209,6 +212,11 @@ class Sentinels:
     def __exit__(self, *_: object) -> None:
         for each in (self.sentinel, *self.servers):
             each.close()
+
+    def _is_linked(self) -> bool:
+        with self.servers[0].client() as client:
+            replica = client.info("replication").get("slave0")
+            return bool(replica and replica["state"] == "online")
 
     def _is_ready(self) -> bool:
         with self.sentinel.client() as client, suppress(redis.RedisError):

@@ -20,10 +20,11 @@ from tests.registry.outages import Views, record
 from tests.registry.servers import eventually
 
 from onehop.errors import RegistryError
-from onehop.interfaces import Record
+from onehop.interfaces import Deliver, Record
 from onehop.registry.leased import CLOSE_PATIENCE, PATIENCE, LeasedRegistry, quoted, unquoted
 from onehop.registry.urls import Place
 from onehop.settings import Settings
+from onehop.testing.contracts import check_registry
 
 LEASE = 0.6
 PLACE = Place((("192.0.2.1", 1), ("192.0.2.2", 2)), user="u", password="secret", shown="memory://u:***@192.0.2.1/")
@@ -134,6 +135,13 @@ def test_a_lost_lease_is_replaced(make: Open, database: Database) -> None:
     database.wipe()
     assert eventually(lambda: key(1) in database.values, 5.0)
     assert views.nodes == [1]
+    database.go()
+    database.wipe()
+    database.away = False
+    assert eventually(lambda: key(1) in database.values, 10.0), (
+        "over a new connection, whose lease is still to be taken"
+    )
+    assert views.nodes == [1]
 
 
 def test_a_lease_that_is_lost_as_soon_as_it_is_taken_is_no_endless_loop(make: Open, database: Database) -> None:
@@ -240,15 +248,18 @@ def test_many_changes_are_delivered_together(make: Open, database: Database) -> 
     registry, views = make(), Views()
 
     def deliver(records: Sequence[Record]) -> None:
-        time.sleep(0.002)  # a receiver that has something to do
+        time.sleep(0.005)  # a receiver that has something to do
         views(records)
 
     registry.watch(deliver)
     assert registry.want("clock", 5.0)
-    for number in range(2_000):
+    began = time.monotonic()
+    for number in range(400):
         database.put(key(number), value(number))
-    assert eventually(lambda: len(views.last) == 2_000, 20.0)
-    assert len(views.all) < 200
+        time.sleep(0.002)  # they come one by one
+    took = time.monotonic() - began
+    assert eventually(lambda: len(views.last) == 400, 20.0)
+    assert len(views.all) < 10 + took / 0.005 / 3, "no more than a fifth of the time goes into deliveries"
 
 
 def test_a_change_after_a_quiet_time_is_delivered_at_once(make: Open, database: Database) -> None:
@@ -389,6 +400,23 @@ def test_watch_and_want_deliver_what_the_disk_knows(make: Open, database: Databa
         second.close()
 
 
+def test_who_does_not_wait_hears_from_the_disk_when_the_database_turns_out_to_be_away(
+    make: Open, database: Database, tmp_path: Path
+) -> None:
+    database.put(key(1), value(1))
+    first = make(cache_directory=str(tmp_path))
+    watched(first)
+    assert eventually(lambda: list(tmp_path.glob("*.json")), 10.0)
+    first.close()
+    database.hung = True
+    second, views = make(cache_directory=str(tmp_path)), Views()
+    second.watch(views)
+    assert not second.want("clock", 0.0)
+    assert views.last == ()
+    database.away, database.hung = True, False
+    assert eventually(lambda: views.nodes == [1], 5.0)
+
+
 def test_the_disk_is_not_asked_where_the_database_answers(make: Open, database: Database, tmp_path: Path) -> None:
     database.put(key(1), value(1))
     database.put(key(2), value(2))
@@ -489,6 +517,55 @@ def test_what_is_forgotten_without_a_fork_ends_without_a_message(make: Open, dat
     assert eventually(lambda: database.stores[0].tell is None, 5.0)
     assert database.ended == []
     assert key(1) in database.values
+
+
+# --- the contract's check ---
+
+
+class Deaf(LeasedRegistry):
+    """Follows what it is asked for first, and says of everything else that it was delivered."""
+
+    def want(self, service: str, timeout: float) -> bool:
+        return service not in ("", "clock") or super().want(service, timeout)
+
+
+class Talkative(LeasedRegistry):
+    """Follows everything, whatever is wanted; and cuts what it delivers down to a part."""
+
+    def want(self, service: str, timeout: float) -> bool:
+        return super().want("", timeout)
+
+    def watch(self, deliver: Deliver) -> None:
+        def cut(each: Record) -> Record:
+            return msgspec.structs.replace(each, services=dict(list(each.services.items())[:1]))
+
+        super().watch(lambda records: deliver([cut(each) for each in records]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [(Deaf, "before want returns"), (Talkative, "reaches who watches already, with all its fields")],
+)
+def test_the_contracts_check_finds_who_does_not_deliver_what_is_wanted(
+    database: Database, kind: type[LeasedRegistry], sentence: str
+) -> None:
+    settings = Settings(lease=LEASE, cache_directory="none")
+    with pytest.raises(AssertionError, match=sentence):
+        check_registry(lambda: kind(settings, PLACE, database.store), joins=4)
+
+
+# --- who cannot write ---
+
+
+def test_others_are_read_where_nothing_can_be_written(make: Open, database: Database) -> None:
+    registry = make()
+    database.put(key(2), value(2))
+    database.loses_leases = True
+    registry.announce(record(1))
+    views = Views()
+    registry.watch(views)
+    assert registry.want("clock", 5.0)
+    assert views.nodes == [2]
 
 
 # --- names in keys ---

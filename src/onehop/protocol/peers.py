@@ -7,7 +7,6 @@ in this file. Called under the engine's node lock.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from hashlib import blake2b
 from itertools import count
 from typing import Any, Protocol
 
@@ -83,7 +82,7 @@ class Peer:
     Attributes:
         record: the latest said of it; None once the registry has none.
         calls: calls under way to it; a new table for each connection, the numbers going on.
-        distance: from this node, for choosing a subset: each node has its own order of all peers.
+        distance: from this node, where a subset has to be chosen: each node has its own order of all peers.
         link: the engine's connection object, or None.
         place: how many connections the peer had with our last one, as it said; 0 where it has not.
         offered: its routes in the present picture.
@@ -103,9 +102,9 @@ class Peer:
         "state",
     )
 
-    def __init__(self, id: bytes, record: RecordLike | None, first: int = 1, *, distance: bytes = b"") -> None:
+    def __init__(self, id: bytes, record: RecordLike | None, first: int = 1) -> None:
         self.id = id
-        self.distance = distance
+        self.distance = b""
         self.record = record
         self.state = KNOWN
         self.numbers = count(first)
@@ -184,8 +183,7 @@ class PeerTable:
     def _meet(self, id: bytes) -> Peer:
         peer = self.peers.get(id)
         if peer is None:
-            distance = blake2b(self.node + id, digest_size=8).digest()
-            peer = self.peers[id] = Peer(id, None, self._highest + 1, distance=distance)
+            peer = self.peers[id] = Peer(id, None, self._highest + 1)
         return peer
 
     def _hold_back(self, peer: Peer, record: RecordLike, now: float) -> None:

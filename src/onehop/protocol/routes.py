@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 from heapq import nsmallest
 from typing import NamedTuple
 
@@ -39,13 +40,17 @@ class Routes:
     """Service, or service and server, to routes, in a stable order: by node id, then as in the record.
 
     Args:
+        node: whose picture it is.
         subset: of a service's peers, how many a request may go to that names no server.
         by_service: each in that order.
     """
 
-    __slots__ = ("_by_server", "_near", "by_service", "subset")
+    __slots__ = ("_by_server", "_near", "by_service", "node", "subset")
 
-    def __init__(self, subset: int = 12, by_service: dict[str, tuple[Route, ...]] | None = None) -> None:
+    def __init__(
+        self, node: bytes = b"", subset: int = 12, by_service: dict[str, tuple[Route, ...]] | None = None
+    ) -> None:
+        self.node = node
         self.subset = subset
         self.by_service = by_service or {}
         self._by_server: dict[tuple[str, str], tuple[Route, ...]] = {}
@@ -76,7 +81,7 @@ class Routes:
             near = self.by_service.get(service, ())
             peers = {route.peer.id: route.peer for route in near}
             if len(peers) > self.subset:
-                chosen = {peer.id for peer in nsmallest(self.subset, peers.values(), key=_distance)}
+                chosen = {peer.id for peer in nsmallest(self.subset, peers.values(), key=self._distance)}
                 near = tuple(route for route in near if route.peer.id in chosen)
             if near:
                 self._near[service] = near
@@ -116,15 +121,15 @@ class Routes:
                 table[service] = tuple(routes)
             else:
                 del table[service]
-        return Routes(self.subset, table)
+        return Routes(self.node, self.subset, table)
+
+    def _distance(self, peer: Peer) -> bytes:
+        peer.distance = peer.distance or blake2b(self.node + peer.id, digest_size=8).digest()
+        return peer.distance
 
 
 def in_order(route: Route) -> bytes:
     return route.peer.id
-
-
-def _distance(peer: Peer) -> bytes:
-    return peer.distance
 
 
 def choose(routes: tuple[Route, ...], turn: int) -> Route:

@@ -89,7 +89,7 @@ def _split(routes: list[_Numbered], own: bytes, size: int, bit: int) -> list[lis
 
 def _is_willing(each: _Numbered, own: bytes) -> bool:
     peer = each[1].peer
-    return peer.record is not None and peer.record.relay and peer.id != own
+    return peer.record is not None and peer.record.relay and not peer.failures and peer.id != own
 
 
 # What they say to each other ----------------------------------------------------------------------

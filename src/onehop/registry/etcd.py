@@ -143,6 +143,9 @@ class EtcdStore(Store):
         prefix = place.options.get("prefix", "/onehop").rstrip("/")
         self._root = f"{prefix}/{quoted(settings.realm or 'default')}/services/"
         self._server = random.randrange(len(place.servers))  # many nodes spread over them
+        # Where there is no other server, one that is overloaded is not asked anew all the time.
+        alone = len(place.servers) == 1
+        self._answer_timeout = max(ANSWER_TIMEOUT, settings.lease * 2 / 3) if alone else ANSWER_TIMEOUT
         self._context: ssl.SSLContext | None = None
         self._connection: HTTPConnection | None = None  # for requests
         self._stream: _Stream | None = None
@@ -237,7 +240,10 @@ class EtcdStore(Store):
 
     def _owner(self, key: bytes) -> tuple[str, str]:
         service, _, node = key[len(self._root) :].decode(errors="replace").partition("/")
-        return unquoted(service), unquoted(node)
+        try:
+            return unquoted(service), unquoted(node)
+        except UnicodeDecodeError:  # it stands for no text, so it is none of ours
+            return service, node
 
     def _read(self, prefix: str) -> tuple[list[_KeyValue], int]:
         """Everything under ``prefix`` at one revision, and that revision."""
@@ -325,7 +331,7 @@ class EtcdStore(Store):
         except (OSError, HTTPError) as error:
             connection.close()
             raise self._failure(error) from error
-        connection.timeout = ANSWER_TIMEOUT
+        connection.timeout = self._answer_timeout
         return connection
 
     def _tls(self) -> ssl.SSLContext:
@@ -434,7 +440,7 @@ class EtcdStore(Store):
             wire: socket.socket = connection.sock  # the connection lets go of it when an answer without end begins
             response = self._post(connection, "watch", body, streamed=True)
             stream = _Stream(self._where, wire, response, take, self._tell.broke)
-            stream.begin(len(watched), self._lease_length)
+            stream.begin(len(watched), self._answer_timeout, self._lease_length)
         except Exception as error:
             if stream is not None:
                 stream.end()
@@ -503,17 +509,18 @@ class _Stream:
         self._wanted = True
         self._thread: threading.Thread | None = None
 
-    def begin(self, questions: int, patience: float) -> None:
+    def begin(self, questions: int, within: float, patience: float) -> None:
         """Wait until all questions are being answered, and go on in a thread.
 
         Args:
             questions: how many there are.
+            within: seconds for all their first answers.
             patience: seconds after which a dead network has broken it.
 
         Raises:
             OSError, urllib3.exceptions.HTTPError: not all are answered.
         """
-        deadline = time.monotonic() + ANSWER_TIMEOUT
+        deadline = time.monotonic() + within
         while questions:
             if time.monotonic() > deadline:
                 raise TimeoutError

@@ -308,7 +308,8 @@ class _Keeper:
                 return self._is_delivered(service)
             patience = min(timeout / 2, _CACHE_PATIENCE)
             self._state.wait_for(lambda: self._is_delivered(service) or self._away_since or self._closing, patience)
-            self._recall(service)
+            if patience > 0 or self._away_since is not None:  # who does not wait at all may have his answer in a moment
+                self._recall(service)
             found = self._recalled.get(service) and not self._is_delivered(service)
         if found:  # by ourselves: the thread may be waiting for the registry
             self.deliver(patience=max(0.0, deadline - time.monotonic()))
@@ -402,8 +403,10 @@ class _Keeper:
             self._connect()
         if self._told is not None and self._told.broken:
             raise StoreAway(self._told.broken)
-        self._publish()
-        self._follow()
+        try:
+            self._publish()
+        finally:
+            self._follow()  # others can be read even where we cannot write: no memory left, or no permission
         self._keep()
         self._is_well()
 
@@ -489,7 +492,8 @@ class _Keeper:
             self._away_since = self._away_since or now
             self._away_why, self._refusal = why, refusal
             self._connect_at = now + random.uniform(0.0, self._delay)
-            self._delay = min(2 * self._delay, LONGEST_DELAY)
+            # Not longer than a lease: others hold us for no more than a few of them.
+            self._delay = min(2 * self._delay, LONGEST_DELAY, self._lease)
             if new:
                 _log.warning("the registry %s is away, what is known is kept: %s", self._name, why)
             for service in self._wanted:

@@ -297,7 +297,7 @@ class _Connection:
     """
 
     def __init__(self, place: Place, server: tuple[str, int], patience: float, *, sentinel: bool = False) -> None:
-        host, port = server
+        host, port = self.address = server
         self.server = f"{host}:{port}" if ":" not in host else f"[{host}]:{port}"
         self.patience = patience
         self._asking = threading.Lock()
@@ -317,7 +317,7 @@ class _Connection:
         }
         if options.get("tls") == "1":
             arguments |= {"ssl_ca_certs": options.get("ca"), "ssl_certfile": options.get("cert")}
-            arguments |= {"ssl_keyfile": options.get("key")}
+            arguments |= {"ssl_keyfile": options.get("key"), "ssl_check_hostname": True}
             self._connection: Any = redis.SSLConnection(**arguments)
         else:
             self._connection = redis.Connection(**arguments)  # type: ignore[no-untyped-call]
@@ -325,8 +325,12 @@ class _Connection:
 
     def ask(self, *commands: Command) -> list[Any]:
         """The answers to these commands, in one round trip."""
-        with self._asking:
-            return self._guarded(lambda: self._ask(commands))
+        try:
+            with self._asking:
+                return self._guarded(lambda: self._ask(commands))
+        finally:
+            if self._closed:  # whoever closed it found it in use, and left that to us
+                self.close()
 
     def _ask(self, commands: Sequence[Command]) -> list[Any]:
         self._connection.send_packed_command(self._connection.pack_commands(commands))
@@ -343,8 +347,16 @@ class _Connection:
             return error  # the answers behind it are still to be read
 
     def send(self, *command: _Value) -> None:
-        """Without waiting for an answer; another thread hears it."""
-        self._guarded(lambda: self._connection.send_command(*command))
+        """Without waiting for an answer: another thread hears it, and closes the connection."""
+        with self._asking:
+            if self._closed:
+                raise StoreAway(f"the connection to the Redis server {self.server} was given up")
+            try:
+                self._connection.send_command(*command)
+            except (redis.RedisError, OSError) as error:
+                raise _meaning(error, self.server) from error
+            except AttributeError as error:  # redis-py, when that thread finds the end of the connection just now
+                raise StoreAway(f"the connection to the Redis server {self.server} ended") from error
 
     def hear(self, patience: float) -> list[Any] | None:
         """The next message; None where none came in so many seconds."""
@@ -545,7 +557,7 @@ class RedisStore(Store):
         self._place, self._lease = place, settings.lease
         self._patience = max(1.0, settings.lease / 2)
         self._keys = _Keys(settings, int(place.options.get("db", "0")))
-        self._tell: Tell | None = None
+        self._tell: Tell
         self._connection: _Connection | None = None
         self._listener: _Listener | None = None
         self._number = 0
@@ -608,11 +620,9 @@ class RedisStore(Store):
 
     def follow(self, service: str) -> Mapping[tuple[str, str], bytes]:
         connection = self._connected()
-        if self._listener is None and self._tell is not None:
-            host, _, port = connection.server.rpartition(":")
-            subscription = _Connection(self._place, (host.strip("[]"), int(port)), self._patience)
+        if self._listener is None:
+            subscription = _Connection(self._place, connection.address, self._patience)
             self._listener = _Listener(self._keys, self._tell, connection, subscription, self._period)
-        assert self._listener is not None
         return self._listener.follow(service)
 
     def _period(self, known: int) -> float:

@@ -59,7 +59,8 @@ class View:
         self._lease = lease
         self._skipped: dict[Key, str] = {}
         self._continuous_since: float | None = None
-        self._nodes: dict[str, dict[str, Record]] = {}  # by node and service; the newest comes last
+        # By node: a record for each of its services, the newest last. A tuple, since most nodes have one.
+        self._nodes: dict[str, tuple[Record, ...]] = {}
         self._merged: dict[str, Record] = {}  # of nodes with several services
         self._doubts: dict[Key, _Doubt] = {}
         self._doubted_lately: dict[Key, float] = {}
@@ -112,7 +113,7 @@ class View:
         """Take these, known from before, as long as the registry has said nothing else; each has one service."""
         for record in records:
             for service in record.services:
-                if service not in self._nodes.get(record.node, {}):
+                if self._known(service, record.node) is None:
                     self._keep(service, record.node, _shared(record))
 
     # --- what is known ---
@@ -130,7 +131,8 @@ class View:
 
     def single(self, service: str) -> list[Record]:
         """The records as they were told, of one service each; of all services where it is empty."""
-        return [self._nodes[node][name] for name, node in sorted(self._keys(service))]
+        known = [self._known(name, node) for name, node in sorted(self._keys(service))]
+        return [record for record in known if record is not None]
 
     def settle(self, now: float) -> None:
         """Decide what is doubted. To be called after every change, and again when :meth:`due` says."""
@@ -168,35 +170,42 @@ class View:
 
     def _is_mass(self) -> bool:
         known = sum(map(len, self._nodes.values()))
-        known += sum(service not in self._nodes.get(node, {}) for service, node in self._doubted_lately)
+        known += sum(self._known(*key) is None for key in self._doubted_lately)
         return 2 * len(self._doubted_lately) >= known
 
     def _keys(self, service: str) -> Iterator[Key]:
-        for node, services in self._nodes.items():
-            for each in services:
-                if service in ("", each):
-                    yield each, node
+        for node, records in self._nodes.items():
+            for record in records:
+                for each in record.services:
+                    if service in ("", each):
+                        yield each, node
+
+    def _known(self, service: str, node: str) -> Record | None:
+        return next((record for record in self._nodes.get(node, ()) if service in record.services), None)
+
+    def _others(self, service: str, node: str) -> tuple[Record, ...]:
+        return tuple(record for record in self._nodes.get(node, ()) if service not in record.services)
 
     def _keep(self, service: str, node: str, record: Record) -> None:
         self._doubts.pop((service, node), None)
-        services = self._nodes.setdefault(record.node, {})
-        if services.get(service) != record:
-            services.pop(service, None)
-            services[sys.intern(service)] = record
+        if self._known(service, node) != record:
+            self._nodes[record.node] = (*self._others(service, node), record)
             self._changed(service, node)
 
     def _doubt(self, key: Key, now: float) -> None:
         service, node = key
-        if service in self._nodes.get(node, {}) and key not in self._doubts:
+        if self._known(service, node) is not None and key not in self._doubts:
             self._doubts[key] = _Doubt(now, held=self._continuous_since is None)
             self._doubted_lately[key] = now
 
     def _drop(self, key: Key) -> None:
         service, node = key
         self._doubts.pop(key, None)
-        services = self._nodes.get(node, {})
-        if services.pop(service, None) is not None:
-            if not services:
+        if self._known(service, node) is not None:
+            others = self._others(service, node)
+            if others:
+                self._nodes[node] = others
+            else:
                 del self._nodes[node]
             self._changed(service, node)
 
@@ -207,7 +216,7 @@ class View:
             self.versions[each] = self.versions.get(each, 0) + 1
 
     def _record(self, node: str) -> Record:
-        *_, newest = services = self._nodes[node].values()
+        *_, newest = services = self._nodes[node]
         if len(services) == 1:
             return newest
         if node not in self._merged:

@@ -1,0 +1,93 @@
+"""What is promised beyond one host, between test hosts and with the real server of each registry, in a short form.
+
+``beyond.py`` has the programs, and the long form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from tests.system.beyond import KINDS, LOAD, SERVER, Program, Registry, death, joins, outage, returning
+
+from onehop.testing.hosts import Hosts
+
+pytestmark = pytest.mark.timeout(240)
+
+IN_FLIGHT = {"ok", "PeerLost unknown"}
+
+
+@pytest.fixture
+def hosts(onehop_hosts: Callable[..., Hosts]) -> Hosts:
+    return onehop_hosts(4)
+
+
+@pytest.fixture(params=KINDS)
+def registry(request: pytest.FixtureRequest, hosts: Hosts) -> Iterator[Registry]:
+    with Registry(request.param, hosts) as made:
+        yield made
+
+
+@pytest.fixture
+def redis(hosts: Hosts) -> Iterator[Registry]:
+    with Registry("redis", hosts) as made:
+        yield made
+
+
+def test_a_server_announced_on_one_host_is_called_from_another_within_half_a_second(hosts, registry) -> None:
+    assert joins(hosts, registry, 15)["p50"] < 0.5
+
+
+def test_a_killed_server_costs_only_what_was_under_way(hosts, registry) -> None:
+    found = death(hosts, registry, power=False)
+    assert found["outcomes"].keys() <= IN_FLIGHT, found
+    assert found["outcomes"].get("PeerLost unknown", 0) <= 8, found
+    assert found["last one that suffered began after"] < 1.0, found
+    assert found["by the other"] > 100
+
+
+def test_a_host_without_power_is_left_alone_and_found_again_under_its_new_address(hosts, registry) -> None:
+    found = death(hosts, registry, power=True)
+    assert found["outcomes"].keys() <= IN_FLIGHT, found
+    assert found["last one that suffered began after"] < 1.0, found
+    assert found["last one that suffered ended after"] < 7.0, found
+    assert found["new address reached after"] < 3.0, found
+    assert found["meant for the old one ran at the new one"] == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hosts"])
+def test_no_call_fails_while_the_registry_is_away_and_when_it_comes_back_without_its_data(hosts, kind) -> None:
+    with Registry(kind, hosts) as registry:
+        found = outage(hosts, registry, 5.0)
+    assert found["outcomes"].keys() == {"ok"}, found
+    assert found["servers known while it was away"] == found["servers known 20 s later"] == 2
+    assert found["all listed again after"] < 20.0
+    assert found["slowest call"] < 2.0
+
+
+def test_callers_of_a_server_that_is_started_again_come_back_in_turn(hosts, redis) -> None:
+    found = returning(hosts, redis, 120, 2)
+    assert found["all answered again after"] < 15.0, found
+    assert found["most attempts in a second"] < 300, found
+
+
+def test_two_realms_of_one_registry_never_see_each_other(hosts, registry) -> None:
+    for realm, host in (("north", hosts[1]), ("south", hosts[2])):
+        Program(host, registry.url, SERVER, realm, "echo", realm=realm).hear()
+    loads = [Program(hosts[3], registry.url, LOAD, "echo", "50", "5", realm=realm) for realm in ("north", "south")]
+    for each in loads:
+        each.hear()
+    for realm, load in zip(("north", "south"), loads, strict=True):
+        results = load.ask()["results"]
+        assert {each[3] for each in results} == {realm}
+
+
+def test_a_host_in_two_networks_says_at_which_it_speaks(onehop_hosts, eventually) -> None:
+    hosts = onehop_hosts(3, networks=2)
+    with Registry("redis", hosts) as registry:
+        Program(hosts[1], registry.url, SERVER, "second", "echo", address="10.2.0.0/16").hear()
+        load = Program(hosts[2], registry.url, LOAD, "echo", "50", "5")
+        load.hear()
+        eventually(lambda: hosts.traffic(source=hosts[2], to=hosts[1], network=1).packets > 50)
+        assert {each[2] for each in load.ask()["results"]} == {"ok"}
+        assert hosts.traffic(source=hosts[2], to=hosts[1], network=0).packets == 0
