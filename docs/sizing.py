@@ -154,7 +154,7 @@ def counted(hosts: int) -> dict[str, float]:
 
 
 def shown(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}".removesuffix(".0")
 
 
 def main() -> None:

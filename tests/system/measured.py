@@ -127,6 +127,18 @@ TABLES = (
         ],
     ),
     Table(
+        "A server with many links starts anew",
+        "It is killed and started at once; its callers, which have no other server, call about once a second.",
+        "restart", "restart",
+        [
+            Column("callers", figure("callers", digits=0)),
+            Column("there again after", figure("server was there again after", " s")),
+            Column("all answered again after", figure("all answered again after", " s")),
+            Column("most attempts to connect in a second", figure("most attempts in a second", digits=0)),
+            Column("attempts in all", figure("attempts", digits=0)),
+        ],
+    ),
+    Table(
         "Many at one registry: joining",
         "Each is a registry session of its own; one in 50 is a controller, which follows all agents, and agents follow "
         "the controllers. All join at once.",
