@@ -70,7 +70,7 @@ def test_value_of_another_type_is_refused_however_it_is_given(name: str, value: 
 
 def test_unknown_setting_is_named_with_those_there_are() -> None:
     with pytest.raises(
-        SettingsError, match="no setting is called 'tiemout'; there are: drain_timeout, duplicate_window"
+        SettingsError, match="no setting is called 'tiemout'; there are: address, advertise, cache_directory"
     ):
         revise(Settings(), tiemout=5.0)
 
@@ -92,11 +92,11 @@ def test_host_name_is_the_systems_unless_it_is_set() -> None:
 
 
 def test_each_setting_can_come_from_the_environment() -> None:
-    texts = {str: "x", int: "7", float: "7.5"}
+    texts = {str: "x", int: "7", float: "7.5", bool: "yes"}
     environment = {ENVIRONMENT_PREFIX + each.name.upper(): texts[type(each.default)] for each in fields(Settings)}
     settings = from_environment(environment)
     for each in fields(Settings):
-        assert getattr(settings, each.name) == {str: "x", int: 7, float: 7.5}[type(each.default)]
+        assert getattr(settings, each.name) == {str: "x", int: 7, float: 7.5, bool: True}[type(each.default)]
 
 
 @pytest.mark.parametrize(
@@ -119,3 +119,37 @@ def test_variables_of_others_are_left_alone() -> None:
 def test_values_in_the_environment_are_checked_too() -> None:
     with pytest.raises(SettingsError, match=r"timeout is -1\.0; it must be a number of seconds above 0"):
         from_environment({"ONEHOP_TIMEOUT": "-1"})
+
+
+# Passwords ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://me:se%2Fcret@h1:6379,h2/?db=1", "redis://me:***@h1:6379,h2/?db=1"),
+        ("redis://:secret@h1/", "redis://:***@h1/"),
+        ("redis://me:se/cret@h1/?tls=1", "redis://me:***@h1/?tls=1"),
+        ("redis://me:se?cret@h1", "redis://me:***@h1"),
+        ("redis://me:se@cret@h1/", "redis://me:***@h1/"),
+        ("redis://m/e:secret@h1/", "redis://m/e:***@h1/"),
+        ("redis:me:secret@h1", "redis:me:***@h1"),
+        ("redis://me:secret@h1,me:secret@h2/", "redis://me:***@h2/"),
+        ("redis://h1/?password=secret&db=1", "redis://h1/?password=***&db=1"),
+    ],
+)
+def test_password_of_the_registry_is_never_shown(url: str, shown: str) -> None:
+    settings = Settings(registry=url)
+    assert settings.registry == url
+    assert settings.shown_registry == shown
+    for text in (repr(settings), str(settings)):
+        assert repr(shown) in text
+        assert "secret" not in text
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["local", "file:///etc/a@b.toml", "redis://me@h1:6379,h2/?ca=/etc/x.pem", "hosts://[2001:db8::1]:9501,b/", ""],
+)
+def test_registry_without_a_password_is_shown_as_it_is(url: str) -> None:
+    assert Settings(registry=url).shown_registry == url

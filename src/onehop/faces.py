@@ -13,7 +13,7 @@ from onehop.protocol import wire
 from onehop.protocol.calls import FAILED, Call
 from onehop.protocol.tree import SERVICE as RELAYS
 from onehop.registry import open_registry
-from onehop.registry.local import LocalRegistry
+from onehop.registry.local import LocalRegistry, remove_dead_sockets
 from onehop.settings import Settings
 from onehop.transport.carrier import Carrier
 from onehop.transport.engine import Engine
@@ -203,12 +203,16 @@ def parts_of(settings: Settings, network: Network | None) -> tuple[Carrier, Regi
 
     def listen(node: bytes) -> list[str]:
         # Half of the id: a socket's path has 107 bytes at most, and 64 random bits do not meet by chance.
-        places = [f"ipc://{local.prepare()}/{node.hex()[:16]}.sock"]
+        directory = local.prepare()
+        places = [f"ipc://{directory}/{node.hex()[:16]}.sock"]
+        if local is not registry:
+            remove_dead_sockets(directory)
         if registry.addresses:
             ports = listening_ports(settings.ports)
-            ports = ports[1:] or ports  # the first is for the directory of a host (registry/hosts.py)
+            # The first is for the directory of a host (registry/hosts.py), unless the registry's URL names others.
+            taken = {ports[0], *(port for _host, port in registry.addresses)} if len(ports) > 1 else set()
             address = listening_address(settings, registry.addresses)
-            places.append(f"tcp://{bracketed(address)}:{ports[0]}-{ports[-1]}")
+            places.append(f"tcp://{bracketed(address)}:{','.join(str(port) for port in ports if port not in taken)}")
         return places
 
     return ZmqCarrier(0o660 if settings.group else 0o600, str(local.directory)), registry, listen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -82,6 +83,22 @@ class Settings:
     def host_name(self) -> str:
         """The host's name as it stands in this node's record."""
         return self.host or socket.gethostname()
+
+    @property
+    def shown_registry(self) -> str:
+        """The registry for people and logs: without the password."""
+        return redacted(self.registry)
+
+    def __repr__(self) -> str:
+        values = {each.name: getattr(self, each.name) for each in fields(self)} | {"registry": self.shown_registry}
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+
+def redacted(url: str) -> str:
+    """``url`` without the passwords that may stand in it, be it where none belongs; rather too short than too long."""
+    # Up to the last @, since a password may hold what should have been percent-encoded.
+    url = re.sub(r"^([^:/?#]+:(?://)?[^:]*:).*@", r"\1***@", url, flags=re.DOTALL)
+    return re.sub(r"([?&][^=&]*(?:pass|secret|token)[^=&]*=)[^&]*", r"\1***", url, flags=re.IGNORECASE)
 
 
 def from_environment(environment: Mapping[str, str] | None = None, **overrides: Any) -> Settings:

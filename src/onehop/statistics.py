@@ -57,6 +57,6 @@ class Statistics(msgspec.Struct, frozen=True):
     dropped: Mapping[str, int]
     """What could not be delivered: answers to peers that are gone or do not read."""
     registry: str
-    """The registry's URL."""
+    """The registry's URL, without its password."""
     records: int
     """Records known at the last look."""

@@ -49,14 +49,18 @@ def gone(pid: int) -> bool:
         return True
 
 
+def report_of(*arguments: str) -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "onehop", "demo", "--seconds", "3", "--json", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr + ended.stdout
+    return dict(json.loads(ended.stdout))
+
+
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     """What a short run of the real demo says."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "onehop", "demo", "--seconds", "3", "--json"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment, check=False)
-    assert ended.returncode == 0, ended.stderr + ended.stdout
-    return dict(json.loads(ended.stdout))
+    return report_of()
 
 
 def test_demo_sends_of_every_kind_and_adds_up(report: dict[str, Any]) -> None:
@@ -76,6 +80,20 @@ def test_demo_kills_two_and_brings_one_back(report: dict[str, Any]) -> None:
     assert conductor["without_power"] is compute["without_power"] is None
     assert 0 < compute["back_after_seconds"] < 20
     assert report["processes"] == 11
+
+
+def test_demo_on_hosts_adds_up_though_one_loses_its_power(onehop_hosts: Callable[..., Hosts]) -> None:
+    onehop_hosts(1)  # skips where there can be none
+    report = report_of("--hosts", "5")
+    assert report["problems"] == []
+    assert report["url"] == "zmq+hosts://10.1.0.1,10.1.0.2,10.1.0.3/demo"
+    assert all(line["answered"] > 10 and line["twice"] == 0 for line in report["ledger"].values())
+    assert [(each["host"], each["without_power"]) for each in report["killed"]] == [
+        ("conductor-2", None), ("compute-3", None), ("conductor-1", "host-1"), ("compute-1", "host-1"),
+    ]  # fmt: skip
+    assert report["killed"][0]["back_after_seconds"] is None
+    assert all(0 < each["back_after_seconds"] < 20 for each in report["killed"][1:])
+    assert report["processes"] == 13
 
 
 def test_demo_tells_latencies(report: dict[str, Any]) -> None:

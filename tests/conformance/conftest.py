@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import socket as net
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from onehop import CallError, Client, Node, payload
+from onehop.addresses import bracketed
 from onehop.interfaces import Record
 from onehop.protocol import wire
 from onehop.testing.clock import Clock
@@ -145,12 +148,21 @@ class _VirtualCarrier:
         pass
 
 
+def free_port(host: str) -> int:
+    """A port that nobody listens at, outside the kernel's ephemeral range: no connection takes it meanwhile."""
+    while True:
+        port = random.randrange(10_000, 15_000)
+        with net.socket(net.AF_INET6 if ":" in host else net.AF_INET) as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
+
+
 def carrier_arm(name: str, directory: str) -> CarrierArm:
     if name == "zmq":
         return CarrierArm(ZmqCarrier(), lambda number: f"ipc://{directory}/{number}.sock", wait_really)
     if name.startswith("tcp"):
-        host, limit = ("[::1]", 9_850) if name == "tcp6" else ("127.0.0.1", 9_750)
-        return CarrierArm(ZmqCarrier(), lambda number: f"tcp://{host}:{limit - 99 + number}-{limit}", wait_really)
+        host = "::1" if name == "tcp6" else "127.0.0.1"
+        return CarrierArm(ZmqCarrier(), lambda _number: f"tcp://{bracketed(host)}:{free_port(host)}", wait_really)
     if name == "memory":
         return CarrierArm(Network().carrier, lambda number: f"memory://{number}", wait_really)
     virtual = _VirtualCarrier()

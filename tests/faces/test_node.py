@@ -290,6 +290,17 @@ def test_unknown_registry_is_one_sentence_at_the_first_use(make_node, registry) 
     assert registry in str(caught.value) or registry.partition(":")[0] in str(caught.value)
 
 
+def test_check_says_what_is_wrong_with_the_registry_and_touches_nothing(make_node, run_directory: str) -> None:
+    before = threading.active_count()
+    for right in ("local", "redis://127.0.0.1:1/"):
+        make_node(registry=right).check()
+    for wrong, problem in (("nowhere://host", "it must be"), ("redis://", "no server"), ("redis://h/?db=x", "db is")):
+        with pytest.raises(SettingsError, match=problem):
+            make_node(registry=wrong).check()
+    assert threading.active_count() == before
+    assert not list(Path(run_directory).iterdir())
+
+
 def test_run_directory_that_cannot_be_made_is_told(make_node, run_directory: str) -> None:
     blocked = Path(run_directory) / "file"
     blocked.write_text("")

@@ -28,7 +28,7 @@ from onehop.errors import RegistryError, SettingsError
 from onehop.interfaces import Record
 from onehop.registry import open_registry
 from onehop.registry.inotify import Inotify
-from onehop.registry.local import RECORD_LIMIT, LocalRegistry, run_directory
+from onehop.registry.local import RECORD_LIMIT, LocalRegistry, remove_dead_sockets, run_directory
 from onehop.settings import Settings
 from onehop.testing.contracts import check_registry, killed_process
 
@@ -760,3 +760,19 @@ def test_registries_of_others_are_found_by_entry_point(
     assert isinstance(open_registry("local", settings), LocalRegistry)
     with pytest.raises(SettingsError, match=r"needs others:missing, which cannot be imported"):
         open_registry("broken://", settings)
+
+
+def test_sockets_of_killed_nodes_are_removed_where_no_record_tells_of_them(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.sock" for name in ("dead", "alive", "young")]
+    bound = [socket.socket(socket.AF_UNIX) for _ in paths]
+    for each, path in zip(bound, paths, strict=True):
+        each.bind(str(path))
+    bound[1].listen()
+    (tmp_path / "file.sock").write_text("no socket")
+    for path in (*paths[:2], tmp_path / "file.sock"):
+        os.utime(path, (time.time() - 60.0,) * 2)
+    bound[0].close()
+    bound[2].close()
+    remove_dead_sockets(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alive.sock", "file.sock", "young.sock"]
+    bound[1].close()

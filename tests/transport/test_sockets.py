@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket as net
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -581,3 +583,52 @@ def test_checking_descriptors_costs_the_same_where_many_are_open() -> None:
 def test_resource_limit_is_an_error_of_ours() -> None:
     with pytest.raises(ResourceLimit, match="descriptors open"):
         check_descriptors(2**31)
+
+
+# Beyond the host ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ports() -> tuple[int, int]:
+    """Two ports that nobody listens at."""
+    while True:
+        first = random.randrange(10_000, 15_000)
+        with net.socket() as one, net.socket() as other, suppress(OSError):
+            one.bind(("127.0.0.1", first))
+            other.bind(("127.0.0.1", first + 1))
+            return first, first + 1
+
+
+def test_the_first_free_port_is_taken_and_told(carrier, ports) -> None:
+    first, second = bound = [carrier.bind(f"tcp://127.0.0.1:{ports[0]},{ports[1]}") for _ in range(2)]
+    assert first.endpoints == (f"tcp://127.0.0.1:{ports[0]}",)
+    assert second.endpoints == (f"tcp://127.0.0.1:{ports[1]}",)
+    with pytest.raises(SettingsError, match=r"takes one: give more \(ports, ONEHOP_PORTS\)"):
+        carrier.bind(f"tcp://127.0.0.1:{ports[0]},{ports[1]}")
+    for each in bound:
+        each.close(0.0)
+
+
+def test_one_socket_listens_on_the_host_and_beyond_it(carrier, run_directory, ports) -> None:
+    inbound = carrier.bind(f"ipc://{run_directory}/s", f"tcp://127.0.0.1:{ports[0]}")
+    assert inbound.endpoints == (f"ipc://{run_directory}/s", f"tcp://127.0.0.1:{ports[0]}")
+    links = [carrier.connect(each) for each in inbound.endpoints]
+    for endpoint, link in zip(inbound.endpoints, links, strict=True):
+        assert link.send(b"to " + endpoint.encode())
+    found: list[Any] = []
+    until = time.monotonic() + 5.0
+    while len(found) < 2 and time.monotonic() < until:
+        inbound.drain(2, found)
+    assert {frame for _identity, frame, _body in found} == {b"to " + each.encode() for each in inbound.endpoints}
+    for socket in (inbound, *links):
+        socket.close(0.0)
+
+
+def test_a_node_of_this_host_is_reached_without_leaving_it(run_directory) -> None:
+    here, path = "tcp://10.0.0.5:9502", f"{run_directory}/s"
+    carrier = ZmqCarrier(directory=run_directory)
+    assert carrier.nearest((f"ipc://{path}", here)) == here, "its socket is not here: it is in a container, or far away"
+    open(path, "w").close()
+    assert carrier.nearest((f"ipc://{path}", here)) == f"ipc://{path}"
+    assert ZmqCarrier(directory="/run/other").nearest((f"ipc://{path}", here)) == here
+    assert carrier.nearest((f"ipc://{run_directory}/gone",)) == f"ipc://{run_directory}/gone", "there is no other"

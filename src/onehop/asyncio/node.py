@@ -83,6 +83,14 @@ class Node:
         finally:
             self._starting = None  # after a failure, it may be tried again
 
+    def check(self) -> None:
+        """See whether the registry can be used as its URL says, as far as that shows without touching anything.
+
+        Raises:
+            SettingsError: nothing has that URL, or the package it needs is missing; says what would be right.
+        """
+        parts_of(self.settings, self._network)
+
     # Serving --------------------------------------------------------------------------------------
 
     async def serve(self, service: str, handler: Any, *, server: str = "", workers: int | None = None) -> Server:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -29,6 +28,7 @@ from rich.text import Text
 from onehop import OnehopError, SettingsError
 from onehop.cli.console import FAILED, AsJson, complain, out, print_json, print_table
 from onehop.cli.demo_ledger import AFTER_A_POWER_CUT, SERVERS, Ledger, Outage, percentile
+from onehop.settings import redacted
 from onehop.testing.hosts import Host, Hosts, HostsUnavailable
 
 URL = "zmq:///demo"
@@ -138,7 +138,9 @@ def checked(url: str) -> str:
     try:
         oslo_messaging.get_rpc_transport(conf, url=url)
     except Exception as error:  # each driver has its own
-        raise SettingsError(f"{url!r} is no transport URL to run over: {error}; an example is {URL}") from error
+        raise SettingsError(
+            f"{redacted(url)!r} is no transport URL to run over: {error}; an example is {URL}"
+        ) from error
     return url
 
 
@@ -251,7 +253,7 @@ class Cluster:
 
     def __init__(self, url: str, rate: float, machines: Hosts | None) -> None:
         self.url, self.rate, self.machines = url, rate, machines
-        self.shown_url = re.sub("//[^/@]*@", "//", url)  # without its password
+        self.shown_url = redacted(url)
         self.name = secrets.token_hex(3)
         self.directory = Path(tempfile.mkdtemp(prefix="oh-demo-", dir="/tmp"))  # sockets need short paths
         self.children: list[Child] = []

@@ -38,7 +38,7 @@ def ls(
     elif rows:
         print_table(rows[0], [_shown(row) for row in rows])
     else:
-        where = f"registry {settings.registry!r}, realm {settings.realm!r}"
+        where = f"registry {settings.shown_registry!r}, realm {settings.realm!r}"
         complain(f"no {what} are known ({where}); is something serving there? Try: onehop serve MODULE:OBJECT")
 
 

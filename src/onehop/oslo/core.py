@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from onehop import Client, Node, errors
+from onehop import Client, errors
 from onehop.oslo import options
 
 LOG = logging.getLogger(__name__)
@@ -61,8 +61,7 @@ class Core:
         self.dropped = 0
         self.unknown = 0
         self.options = given
-        names = ["realm", *(each.dest for each in options.NODE_OPTIONS)]
-        self.node = Node(**{name: given[name] for name in names if given[name] is not None})
+        self.node = options.node_of(given)
         self._clients: dict[tuple[str, str, float, float, float | None], Client] = {}
         # Reentrant: a signal handler may send while the thread it interrupts is in here.
         self._lock = threading.RLock()

@@ -1,4 +1,4 @@
-"""The driver that oslo.messaging loads for ``zmq://`` transport URLs."""
+"""The driver that oslo.messaging loads for transport URLs that begin with ``zmq:`` or ``zmq+``."""
 
 from __future__ import annotations
 
@@ -41,16 +41,20 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
 
     Args:
         conf: the program's ConfigOpts; our options are registered on it.
-        url: ``zmq://`` or ``zmq:///realm``, with options of ``[oslo_messaging_zmq]`` in the query.
+        url: ``zmq://[/realm]``, or ``zmq+`` before the URL of a registry, with the realm as its path; options of
+            ``[oslo_messaging_zmq]``, and the registry's own, in the query.
         default_exchange: the exchange of targets that name none.
         allowed_remote_exmods: modules whose exceptions are rebuilt as themselves.
+
+    Raises:
+        oslo_messaging.InvalidTransportURL: the URL, or an option, cannot be; says what would be right.
     """
 
     def __init__(
         self, conf: Any, url: TransportURL, default_exchange: str | None = None, allowed_remote_exmods: Any = None
     ) -> None:
         super().__init__(conf, url, default_exchange, allowed_remote_exmods)
-        self._group = options.register(conf, url)[options.GROUP]
+        options.read(conf, url)  # so that what is wrong is told now
         self._core: Core | None = None
         self._life: object = None
         self._cleaned_up = False
@@ -68,8 +72,7 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
         if self._core is None or self._life is not CORES.life:
             if self._cleaned_up:
                 raise SendFailed("this transport was cleaned up; make a new one with get_rpc_transport()")
-            given = {each.dest: self._group[each.dest] for each in options.OPTIONS}
-            self._core = CORES.acquire(given | {"realm": self._url.virtual_host or ""})
+            self._core = CORES.acquire(options.read(self.conf, self._url))
             self._life = CORES.life
         return self._core
 

@@ -9,7 +9,7 @@ from typing import cast
 
 from onehop.errors import SettingsError
 from onehop.interfaces import Registry
-from onehop.settings import Settings
+from onehop.settings import Settings, redacted
 
 ENTRY_POINTS = "onehop.registries"
 
@@ -39,13 +39,14 @@ def open_registry(url: str, settings: Settings) -> Registry:
     known = _OURS if scheme in _OURS else _installed() | _OURS
     if scheme not in known:
         raise SettingsError(
-            f"registry is {url!r}; it must be, or be a URL that begins with: {', '.join(sorted(known))}"
+            f"registry is {redacted(url)!r}; it must be, or be a URL that begins with: {', '.join(sorted(known))}"
         )
     try:
         module, _, name = known[scheme].partition(":")
         make = cast(Callable[[Settings, str], Registry], getattr(import_module(module), name))
     except (ImportError, AttributeError) as error:
-        raise SettingsError(f"registry {url!r} needs {known[scheme]}, which cannot be imported: {error}") from error
+        shown = redacted(url)
+        raise SettingsError(f"registry {shown!r} needs {known[scheme]}, which cannot be imported: {error}") from error
     return make(settings, url)
 
 

@@ -23,7 +23,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
 import msgspec
@@ -31,7 +31,7 @@ import msgspec
 from onehop.addresses import listening_address, resolve
 from onehop.errors import OnehopError
 from onehop.interfaces import Record
-from onehop.registry.lines import ALIVE, Broken, Line, Loop
+from onehop.registry.lines import ALIVE, Broken, Fault, Line, Loop
 from onehop.registry.local import RECORD_LIMIT, LocalRegistry, run_directory
 from onehop.settings import Settings, revise
 
@@ -127,7 +127,7 @@ def understood(decoder: msgspec.json.Decoder[Any], line: bytes) -> Any:
     try:
         return decoder.decode(line)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise Broken(f"it sent no message of the directory's protocol: {error}") from error
+        raise Fault(f"it sent no message of the directory's protocol: {error}") from error
 
 
 class _Client:
@@ -302,6 +302,13 @@ class Directory(Loop):
         self._most = 0
         self._push_at = self._sweep_at = 0.0
 
+    def is_meant_by(self, address: IPv4Address | IPv6Address) -> bool:
+        """Whether that address of a listed host is ours: the name of a host often means one of loopback there."""
+        if self.address is None:
+            return False
+        own = ip_address(self.address)
+        return address == own or (address.is_loopback and not (self._settings.address and own.is_loopback))
+
     @property
     def is_held(self) -> bool:
         """Whether this process holds the port."""
@@ -385,9 +392,9 @@ class Directory(Loop):
         try:
             servers = self._towards()
             self.address = listening_address(self._settings, servers)
-            self._port = _own_port(self.address, servers)
+            self._port = self._own_port(servers)
         except OnehopError as error:
-            self._warn(f"this host has no directory: {error}")
+            self._warn(f"this process does not keep the directory of its host: {error}")
             return
         try:
             first = _listener(self.address, self._port)
@@ -406,6 +413,14 @@ class Directory(Loop):
         self._most = min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._problem = ""
         _log.info("this process holds the directory of its host, at %s, port %d", self.address, self._port)
+
+    def _own_port(self, servers: Sequence[tuple[str, int]]) -> int:
+        """Where to listen: the port that the list has for this host; for one that is not listed the first of all."""
+        for host, port in servers:
+            with suppress(OSError):  # a name that means nothing now is not ours
+                if any(map(self.is_meant_by, resolve(host, port))):
+                    return port
+        return servers[0][1]
 
     def _follow(self, address: str) -> None:
         self._in_vain += 1
@@ -484,21 +499,21 @@ class Directory(Loop):
                 if b"" in lines:
                     client.line.send(ALIVE)
         except Broken as broken:
-            self._cut(client, str(broken), known=client.greeted)
+            self._cut(client, broken)
 
     def _obey(self, client: _Client, message: Hello | Want | Announce | Withdraw) -> None:
         realm = client.realm
         if isinstance(message, Hello) and not client.greeted:
             self._greet(client, message)
         elif realm is None:
-            raise Broken(f"it says {type(message).__name__} where that has no place")
+            raise Fault(f"it says {type(message).__name__} where that has no place")
         elif isinstance(message, Want):
             self._regroup(client, realm, client.wants | {message.service})
             client.line.send(realm.answer(message.service, client.wants))
         elif isinstance(message, Announce):
             node = message.record.node
             if len(node) != 32 or node.strip("0123456789abcdef"):
-                raise Broken(f"it announces the node {node[:40]!r}; that must be 32 lower-case hexadecimal digits")
+                raise Fault(f"it announces what is no node: {node[:40]!r}; it must be 32 lower-case hexadecimal digits")
             if client.node not in (None, node):
                 realm.retract(str(client.node), client, lost=False)
             client.node = node
@@ -508,18 +523,18 @@ class Directory(Loop):
                 realm.retract(client.node, client, lost=False)
             client.node = None
         else:
-            raise Broken("it says Hello twice")
+            raise Fault("it says Hello twice")
 
     def _greet(self, client: _Client, hello: Hello) -> None:
         try:
             if hello.version != VERSION:
-                raise Broken(f"it speaks version {hello.version} of the directory's protocol, and this is {VERSION}")
+                raise Fault(f"it speaks another version of the directory's protocol: {hello.version}, not {VERSION}")
             if not 0.1 <= hello.lease <= LONGEST_LEASE:
-                raise Broken(f"its lease is {hello.lease} s; it must be 0.1 to {LONGEST_LEASE:.0f}")
+                raise Fault(f"its lease is none: {hello.lease} s; it must be 0.1 to {LONGEST_LEASE:.0f}")
             realm = None if hello.realm is None else self._realm(hello.realm)
-        except (Broken, OnehopError) as error:
-            client.line.send(line_of(Refusal(str(error))))
-            raise Broken(str(error)) from error
+        except Fault as fault:
+            client.line.send(line_of(Refusal(str(fault))))
+            raise
         client.lease, client.greeted, client.realm = hello.lease, True, realm
         client.line.limit = RECORD_LIMIT + HELLO_LIMIT
         if realm is not None:
@@ -528,12 +543,15 @@ class Directory(Loop):
 
     def _realm(self, name: str) -> _Realm:
         if name not in self._realms:
-            realm = _Realm(revise(self._settings, realm=name), self.wake)
+            try:
+                realm = _Realm(revise(self._settings, realm=name), self.wake)
+            except OnehopError as error:
+                raise Fault(f"its realm is none: {error}") from error
             try:
                 realm.look()
-            except OnehopError:
+            except OnehopError as error:
                 realm.close()
-                raise
+                raise Fault(f"its realm cannot be told of: {error}") from error
             self._realms[name] = realm
         return self._realms[name]
 
@@ -555,7 +573,7 @@ class Directory(Loop):
                     try:
                         client.line.send(data)
                     except Broken as broken:
-                        self._cut(client, str(broken))
+                        self._cut(client, broken)
 
     def _sweep(self, now: float) -> None:
         self._sweep_at = now + _SWEEP
@@ -565,7 +583,7 @@ class Directory(Loop):
                 self._listeners[listener] = True
         for client in list(self._clients):
             if now - client.heard > client.lease:
-                self._cut(client, "it is silent", known=client.greeted)
+                self._cut(client, Broken(f"it was silent for {client.lease} s"))
         for name, realm in list(self._realms.items()):
             if not realm.groups:
                 del self._realms[name]
@@ -573,13 +591,12 @@ class Directory(Loop):
 
     def _give_up(self, name: str, realm: _Realm, error: OnehopError) -> None:
         """The nodes of this host cannot be read: nothing is told, rather than that there are none."""
-        self._refuse(str(error))
         for client in [client for client in self._clients if client.realm is realm]:
-            self._cut(client, str(error))
+            self._cut(client, Fault(f"its realm cannot be told of: {error}"))
         self._realms.pop(name, None)
         realm.close()
 
-    def _cut(self, client: _Client, why: str, *, known: bool = True) -> None:
+    def _cut(self, client: _Client, why: Broken) -> None:
         if client not in self._clients:
             return
         self._clients.discard(client)
@@ -588,14 +605,16 @@ class Directory(Loop):
             self._ungroup(client, client.realm)
             if client.node is not None:
                 client.realm.retract(client.node, client, lost=True)
-        if known:
+        if client.greeted and not isinstance(why, Fault):
             _log.debug("a connection to the directory ended: %s", why)
         else:
-            self._refuse(why)
+            self._refuse(str(why))
 
     def _refuse(self, why: str) -> None:
-        _log.log(logging.DEBUG if self.refused[why] else logging.WARNING, "the directory refused a connection: %s", why)
-        self.refused[why] += 1
+        kind = why.partition(":")[0]
+        level = logging.DEBUG if self.refused[kind] else logging.WARNING
+        _log.log(level, "the directory refused a connection: %s", why)
+        self.refused[kind] += 1
 
 
 def _listener(address: str, port: int) -> socket.socket:
@@ -610,16 +629,6 @@ def _listener(address: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-def _own_port(address: str, servers: Sequence[tuple[str, int]]) -> int:
-    """Where to listen: the port that the list has for this host; for one that is not listed the first of all."""
-    for host, port in servers:
-        with suppress(OSError):  # a name that means nothing now is not ours
-            found = resolve(host, port)
-            if ip_address(address) in found or (found[0].is_loopback and not ip_address(address).is_loopback):
-                return port
-    return servers[0][1]
 
 
 # --- one for the nodes of a process ---

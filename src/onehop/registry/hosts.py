@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from onehop.addresses import resolve
-from onehop.errors import RegistryError, SettingsError
+from onehop.addresses import listening_ports, resolve
+from onehop.errors import RegistryError
 from onehop.interfaces import Deliver, Record, Registry
 from onehop.registry import urls
 from onehop.registry.directory import (
@@ -51,7 +51,7 @@ from onehop.settings import Settings
 
 ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of one line from a directory
 FIRST_RETRIES, LONGEST_RETRY = 5, 5.0  # so many in the second of a takeover; then after up to so many seconds
-PATIENCE = 0.1  # seconds for an answer from all, where some have answered
+PATIENCE = 0.5  # seconds for an answer from all, where some have answered
 REFUSED = 0.7  # seconds after which a host that still refuses has nobody left to take its port over
 GRACE = 2.0  # seconds, at least, for those who told a directory of themselves to tell its successor
 TOGETHER = 1.0  # seconds within which all directories hear of one event
@@ -81,14 +81,12 @@ class HostsRegistry(Registry):
     """
 
     def __init__(self, settings: Settings, url: str) -> None:
-        port = settings.ports.partition("-")[0]
-        if not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
-            raise SettingsError(f"ports is {settings.ports!r}; it must look like 9501-9564")
+        port = listening_ports(settings.ports)[0]
         self._settings, self._url = settings, url
         if url.lower().startswith("file:"):
-            self._list: HostsList = HostsFile(url, int(port))
+            self._list: HostsList = HostsFile(url, port)
         else:
-            self._list = HostsList(urls.parse(url, int(port)).servers)
+            self._list = HostsList(urls.parse(url, port, login=False).servers)
         self._local = LocalRegistry(settings)
         self._watcher: _Watcher | None = None
         self._wanted: set[str] = set()
@@ -219,7 +217,9 @@ class _Link:
 
     def is_awaited(self, now: float, others: bool) -> bool:
         """Whether an answer from it may come soon; with ``others`` that have answered, less patiently."""
-        return now - self.broke <= PATIENCE if others and not self.live else self.tries <= FIRST_RETRIES
+        if others and not self.live:
+            return not self.refused and now - self.broke <= PATIENCE
+        return self.tries <= FIRST_RETRIES
 
 
 class _Watcher(Loop):
@@ -443,11 +443,9 @@ class _Watcher(Loop):
         if isinstance(found, OSError):
             raise Broken(f"its name means no address: {found.strerror}")
         address = found[link.tries % len(found)]
-        own = self.directory.address
-        link.is_own = str(address) == own
-        if own is not None and address.is_loopback and not ip_address(own).is_loopback:
-            # A host's own name often means an address of loopback there, at which nobody listens.
-            link.is_own, address = True, ip_address(own)
+        link.is_own = self.directory.is_meant_by(address)
+        if link.is_own and self.directory.address:
+            address = ip_address(self.directory.address)
         link.address = address
         try:
             connection = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
@@ -504,7 +502,7 @@ class _Watcher(Loop):
         link.retry_at = now + delay
         if link.tries > FIRST_RETRIES and str(broken) != link.problem:
             link.problem = str(broken)
-            _log.warning("%s is away, and tried again: %s", link, broken)
+            _log.warning("%s is away, and will be tried again: %s", link, broken)
 
     # --- what is known ---
 
@@ -531,7 +529,7 @@ class _Watcher(Loop):
     def _greeted(self, link: _Link, listed: set[str], now: float) -> None:
         """It told all that it knows: whom it does not list any more is gone, or has yet to come back to it."""
         away = now - link.broke
-        link.live, link.tries = True, 0
+        link.live, link.tries, link.refused = True, 0, False
         if link.problem:
             _log.info("%s is back", link)
         link.problem = ""

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from onehop.errors import SettingsError
+from onehop.settings import redacted
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class HostsFile(HostsList):
         super().__init__(())
         path = url[len("file:") :]
         if not path.startswith("///") or "?" in path or "#" in path:
-            raise SettingsError(f"registry is {url!r}; it must look like file:///etc/onehop/peers.toml")
+            raise SettingsError(f"registry is {redacted(url)!r}; it must look like file:///etc/onehop/peers.toml")
         self._path = Path(unquote(path[2:]))
         self._port = port
         self._signature: tuple[int, int, int] | None = None

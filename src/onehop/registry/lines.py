@@ -32,6 +32,10 @@ class Broken(Exception):
         self.refused = refused
 
 
+class Fault(Broken):
+    """The other end does what it must not. What differs from case to case comes after a colon."""
+
+
 class Line:
     """One end of a connection: lines in, lines out, neither without bound; nothing waits.
 
@@ -68,13 +72,13 @@ class Line:
             *whole, rest = self._begun.split(b"\n")
             lines, self._begun = [bytes(each) for each in whole], rest
         if max(len(self._begun), *map(len, lines), 0) > self.limit:
-            raise Broken(f"it sent a line of more than {self.limit} bytes")
+            raise Fault(f"it sent a line of more than {self.limit} bytes")
         return lines
 
     def send(self, data: bytes) -> None:
         """Send it as soon as it goes. Raises :class:`Broken`, also for a reader that is too slow."""
         if self._waiting > BACKLOG_LIMIT:
-            raise Broken(f"it reads too slowly: {self._waiting} bytes wait for it")
+            raise Fault(f"it reads too slowly: {self._waiting} bytes wait for it")
         self._out.append(memoryview(data))
         self._waiting += len(data)
         self.flush()
@@ -135,9 +139,10 @@ class Loop:
 
     def stop(self) -> None:
         """End the thread, and wait for that a moment."""
-        self.wake()
         with self._waking:
-            self.ending = True
+            if not self.ending:
+                self.ending = True
+                os.eventfd_write(self._wake, 1)
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=1.0)
 

@@ -13,12 +13,13 @@ import grp
 import logging
 import os
 import select
+import socket
 import stat
 import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -27,7 +28,7 @@ import msgspec
 from onehop.errors import OnehopError, RegistryError, SettingsError
 from onehop.interfaces import Deliver, Record, Registry
 from onehop.registry.inotify import Changes, Inotify
-from onehop.settings import Settings
+from onehop.settings import Settings, redacted
 
 RECORD_LIMIT = 1024 * 1024  # bytes of one record
 SOCKET_PATH_LIMIT = 107  # bytes of a path that a Unix socket can have
@@ -37,6 +38,7 @@ POLL_PERIOD = 0.2  # the same without inotify; at least,
 POLL_PERIOD_PER_RECORD = 0.0002  # and this for each record that a node of this process looks at
 _DOUBT_PERIOD, _DOUBT_LOOKS = 0.02, 4
 _REST, _LONGEST_REST = 4.0, 1.0  # after a look: times as long as it took, seconds; many who come are seen together
+_YOUNG = 10.0  # seconds
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 _log = logging.getLogger(__name__)
@@ -60,6 +62,20 @@ def run_directory(settings: Settings) -> Path:
     return Path(f"/tmp/onehop-{os.geteuid()}")
 
 
+def remove_dead_sockets(directory: Path) -> None:
+    """Remove the sockets of killed nodes from ``directory``, where no record here says whose they were.
+
+    Nobody listens at such a socket. One that was made just now may not be listened at yet, and is left alone.
+    """
+    for path in directory.glob("*.sock"):
+        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+            if not path.is_socket() or time.time() - path.stat().st_mtime < _YOUNG:
+                continue
+            probe.setblocking(False)
+            if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink()
+
+
 class LocalRegistry(Registry):
     """Records of one host and one realm, as files ``<node id>.json`` in :attr:`directory`.
 
@@ -81,7 +97,7 @@ class LocalRegistry(Registry):
     def __init__(self, settings: Settings, url: str = "local", *, inotify: bool = True) -> None:
         if url.rstrip(":/") != "local":
             raise SettingsError(
-                f"registry is {url!r}; it must be 'local' alone: its place is the setting run_directory"
+                f"registry is {redacted(url)!r}; it must be 'local' alone: its place is the setting run_directory"
             )
         self.skipped: dict[str, str] = {}
         self._settings = settings
@@ -339,9 +355,9 @@ class LocalRegistry(Registry):
         except FileNotFoundError:
             return
         for endpoint in record.endpoints:
-            socket = Path(endpoint.removeprefix("ipc://"))
-            if endpoint.startswith("ipc://") and socket.parent == path.parent and socket.is_socket():
-                _unlink(socket)
+            place = Path(endpoint.removeprefix("ipc://"))
+            if endpoint.startswith("ipc://") and place.parent == path.parent and place.is_socket():
+                _unlink(place)
         _unlink(path)
 
     def _remove_leftover(self, path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote
 
 from onehop.errors import SettingsError
+from onehop.settings import redacted
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,13 @@ class Place:
     shown: str = ""
 
 
-def parse(url: str, port: int, options: tuple[str, ...] = ()) -> Place:
+def parse(url: str, port: int, options: tuple[str, ...] = (), *, login: bool = True) -> Place:
     """What ``url`` says.
 
     Args:
         port: of servers that name none.
         options: names that the query may have.
+        login: whether there may be a user and a password.
 
     Raises:
         SettingsError: it is not such a URL; says what is wrong and what would be right.
@@ -48,12 +50,18 @@ def parse(url: str, port: int, options: tuple[str, ...] = ()) -> Place:
         raise wrong("it names no server")
     place, _, query = rest[2:].partition("?")
     place, slash, path = place.partition("/")
+    if "@" in rest and "@" not in place:
+        raise wrong("in a user and a password '/' is written %2F, and '?' is %3F; behind the hosts '@' is %40")
     if "#" in url:
         raise wrong("a '#' has no meaning in it")
     if path:
         raise wrong(f"the path {slash + path!r} has no meaning in it (the realm is a setting of its own)")
-    login, at, hosts = place.rpartition("@")
-    user, _, password = login.partition(":") if at else ("", "", "")
+    words, at, hosts = place.rpartition("@")
+    if at and not login:
+        raise wrong("a user and a password have no meaning in it: nobody asks for them there")
+    if "@" in words:
+        raise wrong("a user and a password stand once, before all servers; an '@' in them is written %40")
+    user, _, password = words.partition(":") if at else ("", "", "")
     servers = tuple(_server(each, port, wrong) for each in hosts.split(",") if each)
     if not servers:
         raise wrong("it names no server")
@@ -65,15 +73,6 @@ def parse(url: str, port: int, options: tuple[str, ...] = ()) -> Place:
             raise wrong(f"the option {name!r} stands twice in it")
         given[name] = value
     return Place(servers, unquote(user), unquote(password), given, shown)
-
-
-def redacted(url: str) -> str:
-    """``url`` without the password that may stand in it."""
-    scheme, slashes, rest = url.partition("//")
-    place, slash, behind = rest.partition("/")
-    login, at, hosts = place.rpartition("@")
-    user, colon, _password = login.partition(":")
-    return f"{scheme}{slashes}{user}{colon and ':***'}{at}{hosts}{slash}{behind}"
 
 
 def _server(text: str, port: int, wrong: Callable[[str], SettingsError]) -> tuple[str, int]:

@@ -70,6 +70,14 @@ class Node:
                 self._engine = engine
             return self._engine
 
+    def check(self) -> None:
+        """See whether the registry can be used as its URL says, as far as that shows without touching anything.
+
+        Raises:
+            SettingsError: nothing has that URL, or the package it needs is missing; says what would be right.
+        """
+        parts_of(self.settings, self._network)
+
     # Serving --------------------------------------------------------------------------------------
 
     def serve(self, service: str, handler: Any, *, server: str = "", workers: int | None = None) -> Server:

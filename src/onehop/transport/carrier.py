@@ -107,7 +107,7 @@ class Carrier(Protocol):
     """Makes sockets; one per node and process."""
 
     def bind(self, *endpoints: str) -> InboundSocket:
-        """Listen at each of ``endpoints``; one of TCP may have a range of ports, of which the first free one is taken.
+        """Listen at each of ``endpoints``; of several ports (``tcp://10.0.0.5:9502,9503``) at the first free one.
 
         Raises:
             ResourceLimit: the machine has no room for it.

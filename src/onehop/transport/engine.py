@@ -305,7 +305,7 @@ class Engine(Caller):
             refused=dict(inbox.refused),
             received=dict(inbox.counts),
             dropped=dict(self.inbound.counts) if self.inbound is not None else {},
-            registry=self.settings.registry,
+            registry=self.settings.shown_registry,
             records=len(self.records),
         )
 

@@ -164,7 +164,7 @@ class Attempt:
         there_is = f"known {'servers' if terms.server and servers else 'services'}: {known or 'none at all'}"
         return NoRoute(
             f"nobody offers {terms} (waited {terms.ready_timeout:.3g} s); {there_is}. Is it started, with the same "
-            f"registry ({settings.registry!r}) and realm ({settings.realm!r})?"
+            f"registry ({settings.shown_registry!r}) and realm ({settings.realm!r})?"
         )
 
 

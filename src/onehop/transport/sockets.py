@@ -249,7 +249,7 @@ class _Inbound(_Socket):
             raise
 
     def _listen(self, endpoint: str) -> str:
-        """Listen at ``endpoint``, at the first free port where it has a range of them; returns what it is then.
+        """Listen at ``endpoint``, at the first free port where it has several; returns what it is then.
 
         libzmq copies the options when it listens, so that those of each endpoint can be its own.
         """
@@ -265,8 +265,7 @@ class _Inbound(_Socket):
             return endpoint
         self._socket.set(zmq.IPV6, int("[" in endpoint))
         place, _, ports = endpoint.rpartition(":")
-        first, _, last = ports.partition("-")
-        for port in range(int(first), int(last or first) + 1):
+        for port in ports.split(","):
             try:
                 self._socket.bind(f"{place}:{port}")
                 return f"{place}:{port}"
@@ -277,8 +276,8 @@ class _Inbound(_Socket):
                         "ONEHOP_ADDRESS)?"
                     ) from None
         raise SettingsError(
-            f"cannot listen at {place}: each of the ports {ports} is in use; every process that serves takes one: give "
-            "more (ports, ONEHOP_PORTS)"
+            f"cannot listen at {place}: each of the ports {ports[:40]}... is in use, and every process that serves "
+            "takes one: give more (ports, ONEHOP_PORTS)"
         )
 
     def _send_frame(self, identity: bytes, frame: bytes) -> bool:
