@@ -69,9 +69,9 @@ def towards_workers(hosts: int) -> dict[str, float]:
     _call_each(world, agents)
     found["messages of a call"] = (_sent(world) - sent) / len(agents)
 
-    victim, opened, rates = workers[0], world.network.opened_links, []
+    victim, rates = workers[0], []
     lost = _connections(victim)
-    seen = len(world.ledger)
+    opened, seen, sent = world.network.opened_links, len(world.ledger), _sent(world)
     world.restart(victim)
     end = world.now + AFTERMATH
     while world.now < end:
@@ -86,6 +86,7 @@ def towards_workers(hosts: int) -> dict[str, float]:
         "connections at the worker that is new, after the minute": _connections(victim),
         "calls in the minute": len(world.ledger) - seen,
         "calls that failed in the minute": failed,
+        "messages in the minute": _sent(world) - sent,
     }
     return found
 
