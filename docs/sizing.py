@@ -32,21 +32,29 @@ AFTERMATH = 60.0  # seconds for which the restart of a worker is watched
 
 
 class Agent(VirtualEngine):
-    """One that keeps only its nearest workers.
+    """One that keeps, of the workers that were there from the beginning, those that are nearest to it.
 
-    Which are in its subset follows from the ids alone, and only the next nearest can take the place of one that goes:
-    so nothing is counted otherwise, and 30,000 agents need not keep 96 workers each.
+    Which are in its subset follows from the ids alone, and only the next nearest can take the place of one that goes.
+    Whoever comes later is known to all: who lost a server goes back to the one that is started in its place, near or
+    not. So links and connections are those that there are with all 96 (``--whole``). What happens after the restart is
+    nearly so, and not the same.
     """
+
+    first: frozenset[str] = frozenset()
+    """Node ids of the workers that were there from the beginning."""
 
     def learn(self, records: tuple[Record, ...]) -> None:
         own = self.protocol.id
         near = nsmallest(
-            SUBSET + SPARE, records, key=lambda each: blake2b(own + bytes.fromhex(each.node), digest_size=8).digest()
+            SUBSET + SPARE,
+            (each for each in records if each.node in self.first),
+            key=lambda each: blake2b(own + bytes.fromhex(each.node), digest_size=8).digest(),
         )
-        super().learn(tuple(sorted(near, key=lambda each: each.node)))
+        late = [each for each in records if each.node not in self.first]
+        super().learn(tuple(sorted([*near, *late], key=lambda each: each.node)))
 
 
-def towards_workers(hosts: int) -> dict[str, float]:
+def towards_workers(hosts: int, engine: type[VirtualEngine] = Agent) -> dict[str, float]:
     """Agents call; a worker is killed and starts anew at once."""
     world = World(seed=1)
     workers = [
@@ -54,7 +62,8 @@ def towards_workers(hosts: int) -> dict[str, float]:
         for number in range(CONTROLLERS)
         for worker in world.nodes(WORKERS_EACH, "conductor", server=f"ctl{number + 1}", watches=False)
     ]
-    agents = world.nodes(AGENTS_EACH * hosts, engine=Agent)
+    Agent.first = frozenset(each.id.hex() for each in workers)
+    agents = world.nodes(AGENTS_EACH * hosts, engine=engine)
     for _ in range(SUBSET):
         _call_each(world, agents)
     found: dict[str, float] = {
@@ -147,9 +156,9 @@ def _connections(node: VirtualNode) -> int:
     return len(node.engine.inbound.connections)
 
 
-def counted(hosts: int) -> dict[str, float]:
+def counted(hosts: int, engine: type[VirtualEngine]) -> dict[str, float]:
     """All figures of a cloud of so many hosts."""
-    found = towards_workers(hosts)
+    found = towards_workers(hosts, engine)
     gc.collect()
     return {"agents": AGENTS_EACH * hosts, "workers": WORKERS} | found | towards_agents(hosts)
 
@@ -161,11 +170,12 @@ def shown(value: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hosts", type=int, nargs="+")
-    sizes = parser.parse_args().hosts
+    parser.add_argument("--whole", action="store_true", help="let each agent keep all workers, which takes more memory")
+    given = parser.parse_args()
     gc.disable()  # the objects of a world live as long as it does
-    columns = [counted(each) for each in sizes]
-    print("| hosts | " + " | ".join(f"{each:,}" for each in sizes) + " |")
-    print("| --- |" + " --: |" * len(sizes))
+    columns = [counted(each, VirtualEngine if given.whole else Agent) for each in given.hosts]
+    print("| hosts | " + " | ".join(f"{each:,}" for each in given.hosts) + " |")
+    print("| --- |" + " --: |" * len(columns))
     for name in columns[0]:
         print(f"| {name} | " + " | ".join(shown(each[name]) for each in columns) + " |")
 
