@@ -37,7 +37,7 @@ class Agent(VirtualEngine):
     Which are in its subset follows from the ids alone, and only the next nearest can take the place of one that goes.
     Whoever comes later is known to all: who lost a server goes back to the one that is started in its place, near or
     not. So links and connections are those that there are with all 96 (``--whole``). What happens after the restart is
-    nearly so, and not the same.
+    not the same: with 3,000 agents a third more attempts were counted in the busiest second than with all.
     """
 
     first: frozenset[str] = frozenset()
