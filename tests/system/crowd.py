@@ -27,7 +27,7 @@ from tests.system.beyond import Registry, rank
 from onehop.interfaces import Record
 from onehop.testing.hosts import Host, Hosts
 
-CONTROLLERS = 50  # one node of so many is one
+CONTROLLERS = 250  # one node of so many is one
 JOIN_WITHIN = 120.0
 
 
@@ -48,6 +48,8 @@ def member(url: str, first: int, count: int, total: int) -> None:
     from onehop.registry import open_registry
     from onehop.settings import Settings
 
+    # Hundreds of threads that wait for one interpreter would spend the time on switching; as processes they do not.
+    sys.setswitchinterval(0.05)
     controllers = total // CONTROLLERS
     settings = Settings(registry=url, cache_directory="none")
     registries = [open_registry(url, settings) for _ in range(count)]

@@ -33,8 +33,8 @@ FORGOTTEN = "forgotten"
 TRANSITIONS: dict[str, dict[str, str]] = {
     KNOWN: {CONNECT: CONNECTING, HELD_BACK: RESTING, FORGOTTEN: GONE},
     CONNECTING: {HELLO: READY, LOST: RESTING, REPLACED: RESTING, GOODBYE: DRAINING},
-    READY: {GOODBYE: DRAINING, LOST: RESTING, IDLE: KNOWN},
-    DRAINING: {LOST: GONE},
+    READY: {GOODBYE: DRAINING, LOST: RESTING, REPLACED: RESTING, IDLE: KNOWN},
+    DRAINING: {LOST: GONE, REPLACED: GONE, IDLE: GONE},
     RESTING: {CONNECT: CONNECTING, FORGOTTEN: GONE},
     GONE: {},
 }
@@ -150,8 +150,16 @@ class PeerTable:
         A peer without a record is no route any more, but keeps its connection: what it took it may still answer.
         One that comes in the place of a lost one is held back until it is our turn.
         """
+        self._lost = {name: entry for name, entry in self._lost.items() if entry[0] > now}
         before, self._view = self._view, {record.node: record for record in records if record.endpoints}
         changed = []
+        for node in [node for node in before if node not in self._view]:
+            gone = self.peers.get(_node_id(node) or b"")
+            if gone is not None:
+                self._await_heir(gone, now)
+                gone.record = None
+                self.event(gone, FORGOTTEN)
+                changed.append(gone)
         for node, record in self._view.items():
             if before.get(node) is record:
                 continue  # most records of a view are those of the last one: nothing to look at
@@ -162,12 +170,6 @@ class PeerTable:
                 if is_new:
                     self._hold_back(peer, record, now)
                 changed.append(peer)
-        for node in [node for node in before if node not in self._view]:
-            gone = self.peers.get(_node_id(node) or b"")
-            if gone is not None:
-                gone.record = None
-                self.event(gone, FORGOTTEN)
-                changed.append(gone)
         return changed
 
     def introduce(self, record: RecordLike) -> Peer:
@@ -190,9 +192,9 @@ class PeerTable:
         """If ``peer`` is a lost server started anew: those who lost it come back one after the other."""
         if not self._lost:
             return
-        self._lost = {name: entry for name, entry in self._lost.items() if entry[0] > now}
         names = [(service, server) for service, servers in record.services.items() for server in servers]
-        turn = max((self._lost[name][1] for name in names if name in self._lost), default=0.0)
+        lost = [self._lost[name] for name in names if name in self._lost]
+        turn = max((turn for until, turn in lost if until > now), default=0.0)
         if turn >= SHORTEST_TURN:
             peer.rested_at = now + turn
             self.event(peer, HELD_BACK, now)
@@ -204,7 +206,7 @@ class PeerTable:
                 peer.rested_at
                 for peer in self.away.values()
                 if peer.state == RESTING
-                and not peer.failures
+                and (not peer.failures or (peer.failures == 1 and peer.place))
                 and peer.record is not None
                 and (server in peer.record.services.get(service, ()) if server else service in peer.record.services)
             ),
@@ -217,6 +219,8 @@ class PeerTable:
         if state is None:
             return False
         was_ready = peer.state == READY
+        if event == LOST:
+            self._await_heir(peer, now)
         peer.state = state
         if state == READY:
             peer.failures = 0
@@ -243,6 +247,12 @@ class PeerTable:
             self.peers.pop(peer.id, None)
         return True
 
+    def _await_heir(self, peer: Peer, now: float) -> None:
+        """If we are connected to ``peer``: who comes under its names soon is the same server, started anew."""
+        if peer.state in (READY, DRAINING) and peer.turn and peer.record is not None:
+            for service, servers in peer.record.services.items():
+                self._lost |= {(service, server): (now + HEIRS_AFTER, peer.turn) for server in servers}
+
     def _lose(self, peer: Peer, was_ready: bool, now: float) -> None:
         """Say when ``peer`` may be tried again: those who lost it together must not return together.
 
@@ -253,9 +263,6 @@ class PeerTable:
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(peer.failures, 10))
         if was_ready:
             peer.rested_at = now + peer.turn + self.random() * pause
-            if peer.turn and peer.record is not None:
-                for service, servers in peer.record.services.items():
-                    self._lost |= {(service, server): (now + HEIRS_AFTER, peer.turn) for server in servers}
         else:
             peer.rested_at = now + self.random() * max(pause, 2 * peer.turn)
 

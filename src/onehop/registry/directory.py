@@ -191,6 +191,9 @@ class _Realm:
         self._announced[record.node] = record, client
         self._put(record.node)
 
+    def announcer(self, node: str) -> _Client | None:
+        return self._announced[node][1] if node in self._announced else None
+
     def retract(self, node: str, client: _Client, *, lost: bool) -> None:
         """The record of ``node`` is gone, if it is still ``client`` that stands for it."""
         if node in self._announced and self._announced[node][1] is client:
@@ -453,7 +456,7 @@ class Directory(Loop):
         for name, realm in list(self._realms.items()):
             try:
                 realm.look()
-            except OnehopError as error:
+            except (OnehopError, OSError) as error:
                 self._give_up(name, realm, error)
         if now >= self._push_at:
             self._push()
@@ -517,6 +520,9 @@ class Directory(Loop):
             if client.node not in (None, node):
                 realm.retract(str(client.node), client, lost=False)
             client.node = node
+            before = realm.announcer(node)
+            if before is not None and before is not client:  # who lives comes back at once, whoever took its name
+                self._cut(before, Fault("another connection announces its node"))
             realm.announce(message.record, client)
         elif isinstance(message, Withdraw):
             if client.node is not None:
@@ -549,7 +555,7 @@ class Directory(Loop):
                 raise Fault(f"its realm is none: {error}") from error
             try:
                 realm.look()
-            except OnehopError as error:
+            except (OnehopError, OSError) as error:
                 realm.close()
                 raise Fault(f"its realm cannot be told of: {error}") from error
             self._realms[name] = realm
@@ -589,7 +595,7 @@ class Directory(Loop):
                 del self._realms[name]
                 realm.close()
 
-    def _give_up(self, name: str, realm: _Realm, error: OnehopError) -> None:
+    def _give_up(self, name: str, realm: _Realm, error: Exception) -> None:
         """The nodes of this host cannot be read: nothing is told, rather than that there are none."""
         for client in [client for client in self._clients if client.realm is realm]:
             self._cut(client, Fault(f"its realm cannot be told of: {error}"))

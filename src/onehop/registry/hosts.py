@@ -323,6 +323,11 @@ class _Watcher(Loop):
                     deliver(view)
                 except Exception:
                     _log.exception("what was delivered of the registry was not taken")
+                except BaseException:  # a green thread's timeout, or its end: the next one delivers
+                    with self._changed:
+                        self._delivering, self._view, self._stale = None, None, True
+                        self._changed.notify_all()
+                    raise
 
     @property
     def _is_publishable(self) -> bool:
@@ -467,7 +472,7 @@ class _Watcher(Loop):
             link.asked.add(service)
             link.line.send(line_of(Want(service)))
         record = self._record
-        if record is not link.told_record and not link.is_own:  # that one looks into the local registry itself
+        if record is not link.told_record:  # our own host's too: its holder may look into another run directory
             link.told_record = record
             link.line.send(line_of(Withdraw() if record is None else Announce(record)))
 

@@ -487,8 +487,10 @@ class _Keeper:
         now = time.monotonic()
         with self._state:
             new = self._away_since is None or (refusal is not None and str(refusal) != self._away_why)
+            self._rest_until = 0.0
+            self._apply()  # what was told before the end counts: else nobody would go where each try ends early
             self._told = None
-            self.view.away()
+            self.view.away(now)
             self._away_since = self._away_since or now
             self._away_why, self._refusal = why, refusal
             self._connect_at = now + random.uniform(0.0, self._delay)

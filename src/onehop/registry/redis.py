@@ -21,6 +21,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from onehop.errors import OnehopError, RegistryError, SettingsError
@@ -140,6 +141,7 @@ local before_number = number_of(before)
 if before_number and before_number > tonumber(number) then
     return 0  -- this was on its way for long, and was overtaken
 end
+redis.call('PEXPIRE', record, lease)  -- whoever has written may write on where no memory is left
 redis.call('SET', record, number .. ' ' .. value, 'PX', lease)
 local new = live(service, node)
 if new or not before_number or string.sub(before, string.find(before, ' ') + 1) ~= value then
@@ -592,7 +594,11 @@ class RedisStore(Store):
             yield server
 
     def _named(self, sentinel: tuple[str, int], name: str) -> tuple[str, int]:
-        connection = _Connection(self._place, sentinel, self._patience, sentinel=True)
+        try:
+            connection = _Connection(self._place, sentinel, self._patience, sentinel=True)
+        except RegistryError:  # most Sentinels have no login, though the servers that they watch have one
+            nobody = replace(self._place, user="", password="")
+            connection = _Connection(nobody, sentinel, self._patience, sentinel=True)
         try:
             (answer,) = connection.ask(("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name))
         finally:

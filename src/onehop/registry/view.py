@@ -59,6 +59,8 @@ class View:
         self._lease = lease
         self._skipped: dict[Key, str] = {}
         self._continuous_since: float | None = None
+        self._away_at: float | None = None
+        self._hold_since = 0.0
         # By node: a record for each of its services, the newest last. A tuple, since most nodes have one.
         self._nodes: dict[str, tuple[Record, ...]] = {}
         self._merged: dict[str, Record] = {}  # of nodes with several services
@@ -70,10 +72,14 @@ class View:
 
     def connected(self, now: float) -> None:
         """From now on the registry tells of all changes, but what happened before may have been missed."""
-        self._continuous_since = now
+        if self._away_at is None or now - self._away_at >= self._lease:
+            self._hold_since = now
+        self._continuous_since, self._away_at = now, None
 
-    def away(self) -> None:
+    def away(self, now: float) -> None:
         """The registry tells nothing any more: who is missing now may have been put back unseen."""
+        if self._continuous_since is not None:
+            self._away_at = now
         self._continuous_since = None
         self._doubts = {key: doubt._replace(held=True) for key, doubt in self._doubts.items()}
 
@@ -166,7 +172,9 @@ class View:
     def _deadline(self, doubt: _Doubt, since: float) -> float:
         if not doubt.held:
             return doubt.since + SETTLE * self._lease
-        return max(doubt.since, since) + HOLD * self._lease  # after an interruption everybody gets his time anew
+        return (
+            max(doubt.since, self._hold_since) + HOLD * self._lease
+        )  # after an interruption everybody gets his time anew
 
     def _is_mass(self) -> bool:
         known = sum(map(len, self._nodes.values()))
@@ -314,7 +322,7 @@ class Cache:
     def load(self, service: str) -> list[Record]:
         """What was written last; nothing where there is none, or it cannot be used."""
         path = self.path(service)
-        if path is None or not path.exists():
+        if path is None:
             return []
         try:
             self._check_owner(path)
@@ -322,6 +330,8 @@ class Cache:
             wrong = next((each for each in records if node_problem(each.node) or len(each.services) != 1), None)
             if wrong is not None:
                 raise ValueError(f"it holds what is no record of one service: {wrong}")
+        except FileNotFoundError:
+            return []
         except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             self._warn("read", path, error)
             return []

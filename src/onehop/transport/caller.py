@@ -425,7 +425,8 @@ class Caller(ABC):
         link: Link | None = route.peer.link
         if link is None or not link.ready:
             candidates = self.protocol.routes.candidates(attempt.terms.service, attempt.terms.server)
-            link = await self._connect(route.peer, attempt.until, HURRY if len(candidates) > 1 else HANDSHAKE)
+            alone = all(each.peer is route.peer for each in candidates)
+            link = await self._connect(route.peer, attempt.until, HANDSHAKE if alone else HURRY)
         self._send_over(link, route, attempt, kind, flags, body)
 
     def _send_over(self, link: Link, route: Route, attempt: Attempt, kind: int, flags: int, body: Body) -> None:
@@ -500,7 +501,10 @@ class Caller(ABC):
         full = isinstance(error, errors.Rejected) and error.reason == "full"
         if terms.service not in self._wanted:
             await self.want(terms.service, attempt.until)
-        ready = min(attempt.until, attempt.started + terms.ready_timeout)
+        # Who was not waited for, since others could be asked, may still answer.
+        links = [route.peer.link for route in tried if not route.peer.failures]
+        hope = max((link.began + HANDSHAKE for link in links if link and not (link.ready or link.ended)), default=0.0)
+        ready = min(attempt.until, max(attempt.started + terms.ready_timeout, hope))
         while True:
             routes = self.protocol.routes.untried(terms.service, terms.server, tried)
             if routes:
@@ -520,7 +524,7 @@ class Caller(ABC):
                     continue
                 if self.closed:
                     raise errors.NodeClosed("this node was closed while a request waited for a server")
-                self._fail(attempt, attempt.no_route(self.protocol.routes, self.settings, ready))
+                self._fail(attempt, error or attempt.no_route(self.protocol.routes, self.settings, ready))
 
     def _again(self, attempt: Attempt, error: errors.CallError) -> None:
         """Note that the route failed; returns if the request may go to another, raises ``error`` if not."""
@@ -629,7 +633,8 @@ class Caller(ABC):
         for parcel in waiting:
             attempt, kind, flags, body = parcel
             now, begun = monotonic(), attempt.link
-            if not await self._await_hello(begun, now + BRIEF) and now < min(attempt.until, begun.began + HANDSHAKE):
+            heard = await self._await_hello(begun, min(now + BRIEF, attempt.until))
+            if not heard and now < min(attempt.until, begun.began + HANDSHAKE):
                 silent.append(parcel)
                 continue
             try:

@@ -222,7 +222,9 @@ class Engine(Caller):
             rested = self.protocol.handle_timer(now)
         for peer in rested:
             with suppress(errors.OnehopError):  # then it rests again
-                self._begin_link(peer)
+                link = self._begin_link(peer)
+                self._rest(link, True)  # nobody waits for its hello: the descriptor tells of the answer
+                link.look()
         if self.protocol.routes is not before:
             with self.lock:
                 self._tell_change()
