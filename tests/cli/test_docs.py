@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from onehop import Settings, errors
+from onehop import Settings, SettingsError, errors
 from onehop.protocol.wire import REASONS
+from onehop.registry import open_registry
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -102,6 +103,37 @@ def test_the_tutorial_runs(
     assert "outcome='taken'" in lines[5]
     assert lines[7].startswith("CallTimeout unknown 'sleep' of service 'clock'")
     process.send_signal(signal.SIGKILL)
+
+
+def test_the_page_about_writing_a_registry_holds_one_that_keeps_the_contract(tmp_path: Path) -> None:
+    made, tested = blocks("howto/registry.md")
+    names: dict[str, Any] = {}
+    exec(made + tested, names)
+    names["test_it_keeps_the_contract"](tmp_path / "place")
+
+
+@pytest.mark.parametrize("name", ["zookeeper", "etcd", "redis"])
+def test_each_option_of_a_registry_is_on_its_page(name: str) -> None:
+    page = (DOCS / "registries" / f"{name}.md").read_text()
+    with pytest.raises(SettingsError) as wrong:
+        open_registry(f"{name}://server/?nonsense=1", Settings())
+    options = str(wrong.value).partition("there are: ")[2].partition(";")[0].split(", ")
+    assert len(options) > 3
+    assert [each for each in options if f"`{each}`" not in page and f"`{each}=" not in page] == []
+
+
+def test_the_list_of_hosts_on_the_page_is_one(tmp_path: Path) -> None:
+    (listed,) = re.findall(r"```toml\n(.*?)```", (DOCS / "registries" / "hosts.md").read_text(), re.DOTALL)
+    (tmp_path / "peers.toml").write_text(listed)
+    assert open_registry(f"file://{tmp_path}/peers.toml", Settings()).addresses == (("ctl1", 9501), ("10.1.0.2", 9501))
+
+
+def test_the_sizes_are_those_of_the_simulation(start: Start) -> None:
+    out, err = start(command=(sys.executable, str(DOCS / "sizing.py"), "100")).communicate(timeout=120)
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in out.splitlines()]
+    told = {row[0]: row[1] for row in reversed(cells("topics/sizing.md")) if len(row) == 4}
+    assert len(rows) > 15, err
+    assert [(name, count) for name, count in rows[2:] if told.get(name) != count] == [], "run docs/sizing.py again"
 
 
 def test_the_page_about_asyncio_runs(start: Start, run: Callable[..., Any], eventually: Callable[..., None]) -> None:
