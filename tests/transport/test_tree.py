@@ -9,7 +9,6 @@ import pytest
 
 from onehop import Node, Record, errors
 from onehop.protocol import tree, wire
-from onehop.protocol.calls import FAILED
 from onehop.protocol.routes import Route
 from onehop.transport.blocking import run
 from onehop.transport.requests import Attempt, Terms
