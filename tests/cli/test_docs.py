@@ -105,11 +105,11 @@ def test_the_tutorial_runs(
     process.send_signal(signal.SIGKILL)
 
 
-def test_the_page_about_writing_a_registry_holds_one_that_keeps_the_contract(tmp_path: Path) -> None:
+def test_the_page_about_writing_a_registry_holds_one_that_keeps_the_contract(run_directory: str) -> None:
     made, tested = blocks("howto/registry.md")
     names: dict[str, Any] = {}
     exec(made + tested, names)
-    names["test_it_keeps_the_contract"](tmp_path / "place")
+    names["test_it_keeps_the_contract"](Path(run_directory) / "place")
 
 
 @pytest.mark.parametrize("name", ["zookeeper", "etcd", "redis"])

@@ -16,7 +16,7 @@ from onehop.protocol.peers import FIRST_PAUSE, LONGEST_PAUSE, TRANSITIONS, USABL
 
 EVENTS = [
     states.CONNECT, states.HELLO, states.GOODBYE, states.LOST, states.FORGOTTEN,
-    states.IDLE, states.REPLACED, states.HELD_BACK,
+    states.IDLE, states.REPLACED, states.HELD_BACK, states.RESTED,
 ]  # fmt: skip
 WAYS = {
     states.KNOWN: [],
@@ -310,7 +310,7 @@ def test_a_server_started_anew_is_held_back_until_our_turn_where_there_is_a_crow
         assert peers.expected("clock", "b") == peers.expected("lock", "") == states.NEVER
         assert peers.due(14.9) == []
         assert peers.due(15.1) == [heir]
-        assert peers.event(heir, states.CONNECT)
+        assert peers.event(heir, states.RESTED)
         assert heir.usable, "nothing is wrong with it"
     assert peers.expected("clock", "") == states.NEVER
 

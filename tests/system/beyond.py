@@ -404,6 +404,7 @@ def returning(hosts: Hosts, registry: Registry, callers: int, processes: int) ->
     share = callers // processes
     crowd = [Program(hosts[2], registry.url, CALLERS, "echo", str(share)) for _ in range(processes)]
     probe = Program(hosts[3], registry.url, CONNECTIONS, "echo")
+    callers = share * processes
     wait_until(lambda: probe.ask()["connections"] >= callers, 120.0)
     time.sleep(2.0)
     died = server.kill()

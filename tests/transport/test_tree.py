@@ -110,6 +110,6 @@ def test_an_unwilling_node_has_no_such_service(make_node) -> None:
 def test_a_relay_refuses_what_names_a_receiver_that_cannot_be(asked) -> None:
     serving, calling = asked
     strange = Record(node="cd" * 16, host="h", endpoints=("ipc:///\udcff",))
-    with pytest.raises(Rejected, match="malformed"):
+    with pytest.raises(errors.Rejected, match="malformed"):
         ask(calling, serving, tree.request("clock", "read", [receiver(strange)], BODY))
     assert len(serving._core().tree._places) == 8

@@ -127,5 +127,10 @@ class NodeProtocol:
         return tuple(sorted(dict.fromkeys((*routes, *away)), key=in_order)) if away else routes
 
     def handle_timer(self, now: float) -> list[Peer]:
-        """The peers to which a connection is to be begun: they have rested, or it is our turn."""
-        return self.peers.due(now)
+        """Let peers be routes again whose turn has come; returns those to be tried: they were lost, and have rested."""
+        due = self.peers.due(now)
+        fresh = [peer for peer in due if not peer.failures]
+        for peer in fresh:  # nothing is wrong with them: who needs them connects
+            self.peers.event(peer, states.RESTED, now)
+        self._update(fresh)
+        return [peer for peer in due if peer.failures]

@@ -502,7 +502,7 @@ class Caller(ABC):
         """A route to try (again), waiting for one if the terms allow.
 
         Raises:
-            NoRoute: none came within ``ready_timeout``. Where one refused or was lost, that error.
+            NoRoute: none came within ``ready_timeout``. Where there are some, and each refused or was lost, that error.
             CallTimeout: the deadline came first.
         """
         terms, tried = attempt.terms, attempt.tried
@@ -533,7 +533,7 @@ class Caller(ABC):
                     continue
                 if self.closed:
                     raise errors.NodeClosed("this node was closed while a request waited for a server")
-                self._fail(attempt, error or attempt.no_route(self.protocol.routes, self.settings, ready))
+                self._fail(attempt, attempt.no_route(self.protocol.routes, self.settings, ready))
 
     def _again(self, attempt: Attempt, error: errors.CallError) -> None:
         """Note that the route failed; returns if the request may go to another, raises ``error`` if not."""
