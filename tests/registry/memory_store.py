@@ -19,12 +19,13 @@ class Database:
     Attributes:
         away: nobody reaches it: every method raises at once.
         hung: every method waits until it is False.
+        full: nobody can publish anything.
         refusal: what it says to everybody, as to one with a wrong password.
         connects, follows, publishes: how often each was asked for.
     """
 
     def __init__(self) -> None:
-        self.away = self.hung = False
+        self.away = self.hung = self.full = False
         self.refusal = ""
         self.loses_leases = False
         self.connects = self.follows = self.publishes = self.keeps = 0
@@ -114,6 +115,8 @@ class MemoryStore(Store):
     def publish(self, node: str, values: Mapping[str, bytes]) -> None:
         self._check()
         self.database.publishes += 1
+        if self.database.full:
+            raise StoreAway("the database in memory has no room left")
         if self.database.loses_leases:
             raise LeaseLost("no lease lives here")
         lease = self.database.lease()

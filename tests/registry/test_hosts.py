@@ -627,6 +627,38 @@ def test_two_hundred_nodes_join_and_leave(site: Site) -> None:
         assert each.become(*everybody[:50], within=20.0)
 
 
+@pytest.fixture
+def apart(site: Site, run_directory: str) -> dict[str, str]:
+    """The settings of another user of host 1."""
+    return {"run_directory": str(Path(run_directory) / "apart")}
+
+
+def test_two_users_of_one_host_see_each_others_nodes(site: Site, apart: dict[str, str]) -> None:
+    site.listed = (1,)
+    site.start_holder(1, 11)
+    site.start(1, 12, **apart)
+    for views in (site.watch(1), site.watch(1, **apart), site.watch(2)):
+        assert views.become(11, 12, within=AT_ONCE)
+
+
+def test_another_user_of_a_host_takes_its_directory_over_and_no_living_record_leaves_a_view(
+    site: Site, apart: dict[str, str]
+) -> None:
+    site.listed = (1,)
+    holder = site.start_holder(1, 11)
+    site.start(1, 12)
+    others = [site.start(1, number, **apart) for number in (13, 14)]
+    views = site.watch(2)
+    assert views.become(11, 12, 13, 14)
+    since = len(views.all) - 1
+    holder.kill()
+    assert views.become(12, 13, 14, within=AT_ONCE)
+    assert eventually(lambda: site.is_held(1) and site.tells_of(1) == [12, 13, 14])
+    others[0].kill()
+    assert views.become(12, 14, within=AT_ONCE)
+    assert all(views.always_had(number, since) for number in (12, 14))
+
+
 # --- strangers at the port ---
 
 GARBAGE = {
@@ -640,6 +672,7 @@ GARBAGE = {
     "version": hello("", version=99),
     "lease": hello("", lease=0.0),
     "realm": hello("x" * 300),
+    "realm that is no name of a directory": hello("/" * 250),
     "record": hello("") + b'{"type":"announce","record":{"node":"../../etc/passwd","host":"x"}}\n',
 }
 
@@ -657,6 +690,45 @@ def test_garbage_is_counted_and_its_sender_cut(site: Site, garbage: bytes) -> No
     assert eventually(lambda: sum(directory.refused.values()) == 1)
     site.start(1, 11)
     assert views.become(11, within=AT_ONCE)
+
+
+def test_who_is_impersonated_is_himself_again_at_once(site: Site) -> None:
+    site.listed = (1,)
+    site.start_holder(1)
+    site.start(4, 41)
+    views = site.watch(1)
+    assert views.become(41)
+    stranger = site.connect(1)
+    forged = {"type": "announce", "record": {"node": record(41).node, "host": "forged", "services": {"clock": ["a"]}}}
+    stranger.sendall(hello("") + json.dumps(forged).encode() + b"\n")
+    assert eventually(lambda: "forged" in [each[0].host for each in views.all if each])
+    assert eventually(lambda: views.all[-1] and views.all[-1][0].host == "host-4", AT_ONCE)
+    with suppress(OSError):
+        stranger.sendall(b'{"type":"withdraw"}\n')
+    stranger.close()
+    assert views.remain(41, seconds=0.5)
+
+
+class Interrupted(BaseException):
+    """As a green thread's timeout: no error of who is interrupted."""
+
+
+def test_a_delivery_that_is_interrupted_is_made_again(site: Site) -> None:
+    site.listed = (1,)
+    registry, views, interrupted = site.open(1), Views(), [True]
+
+    def deliver(records: Sequence[Record]) -> None:
+        if interrupted:
+            interrupted.clear()
+            raise Interrupted
+        views(records)
+
+    registry.watch(Views())
+    registry.want("", 1.0)
+    with pytest.raises(Interrupted):
+        registry.watch(deliver)
+    registry.announce(record(11))
+    assert eventually(lambda: bool(views.all) and views.nodes == [11])
 
 
 def test_strangers_are_counted_by_reason(site: Site, caplog: pytest.LogCaptureFixture) -> None:

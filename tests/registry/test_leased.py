@@ -568,6 +568,19 @@ def test_others_are_read_where_nothing_can_be_written(make: Open, database: Data
     assert views.nodes == [2]
 
 
+def test_who_can_write_nothing_sees_the_dead_go_all_the_same(make: Open, database: Database) -> None:
+    for number in range(1, 6):
+        database.put(key(number), value(number))
+    views = watched(registry := make(lease=1.0))
+    assert views.nodes == [1, 2, 3, 4, 5]
+    database.full = True
+    registry.announce(record(6))
+    attempts = database.connects
+    database.expire(record(1).node)
+    assert eventually(lambda: views.nodes == [2, 3, 4, 5], 20.0)
+    assert database.connects > attempts, "each attempt began a new connection"
+
+
 # --- names in keys ---
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from tests.registry.outages import Cluster, Outages, Views, record
-from tests.registry.servers import Redis, Sentinels, eventually, free_port
+from tests.registry.servers import Redis, Sentinel, Sentinels, eventually, free_port
 
 from onehop.errors import RegistryError, SettingsError
 from onehop.registry import open_registry
@@ -193,6 +193,23 @@ def test_a_server_without_memory_is_away_until_it_has_some(
         assert watched(registry).become(1, within=20.0) is None
 
 
+def test_who_was_announced_stays_where_memory_runs_out_and_connections_break(
+    opened: Callable[..., LeasedRegistry], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Redis("--maxmemory-policy", "noeviction") as server, server.client() as client:
+        registry = opened(server.url())
+        registry.announce(record(1))
+        client.config_set("maxmemory", 1)
+        with caplog.at_level(logging.INFO):
+            client.client_kill_filter(_type="normal", skipme=True)
+            assert eventually(lambda: " is back " in caplog.text, 10.0)
+        until = time.monotonic() + 3 * LEASE  # several leases are the subject
+        while time.monotonic() < until:
+            assert client.exists(f"onehop:default:record:clock:{record(1).node}")
+            time.sleep(0.05)
+        assert "no memory" not in caplog.text
+
+
 def test_other_peoples_data_under_our_keys_is_named(server: Redis, opened: Callable[..., LeasedRegistry]) -> None:
     with server.client() as client:
         client.set("onehop:default:nodes:clock", "not a sorted set")
@@ -227,6 +244,15 @@ def test_sentinels_name_the_new_primary_and_nobody_is_dropped(
         time.sleep(2.5 * LEASE)  # who was held would go now
         assert views.nodes == [*numbers, 6]
         assert views.fewest_since(mark) == 5
+
+
+def test_a_sentinel_without_a_login_leads_to_servers_that_have_one(opened: Callable[..., LeasedRegistry]) -> None:
+    with Redis("--requirepass", "right") as server, Sentinel(server.port, "right") as sentinel:
+        registry = opened(sentinel.url(sentinel="main").replace("//", "//:right@"))
+        registry.announce(record(1))
+        assert watched(registry).nodes == [1]
+        with pytest.raises(RegistryError, match=f"{server.port} refuses the user or the password"):
+            opened(sentinel.url(sentinel="main").replace("//", "//:wrong@")).announce(record(2))
 
 
 def test_tls_with_a_certificate_of_ones_own(tmp_path: Path, opened: Callable[..., LeasedRegistry]) -> None:

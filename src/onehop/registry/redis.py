@@ -141,7 +141,9 @@ local before_number = number_of(before)
 if before_number and before_number > tonumber(number) then
     return 0  -- this was on its way for long, and was overtaken
 end
-redis.call('PEXPIRE', record, lease)  -- whoever has written may write on where no memory is left
+if before_number then
+    redis.call('PEXPIRE', record, lease)  -- a script that has written may write on where no memory is left
+end
 redis.call('SET', record, number .. ' ' .. value, 'PX', lease)
 local new = live(service, node)
 if new or not before_number or string.sub(before, string.find(before, ' ') + 1) ~= value then
