@@ -592,3 +592,9 @@ def test_quoted_names_are_apart_and_come_back(one: str, other: str) -> None:
     assert not set("/:*?[ ") & set(part)
     assert not part.startswith(".")
     assert (quoted(other) == part) == (one == other)
+
+
+@given(st.text(alphabet="%0128ACDEFf", max_size=9))
+def test_what_is_no_quoted_name_is_taken_as_it_is_and_for_no_others(part: str) -> None:
+    assert unquoted("%FF") == "%FF"
+    assert unquoted(part) == part or unquoted(quoted(unquoted(part))) == unquoted(part)

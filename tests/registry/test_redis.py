@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -215,6 +216,40 @@ def test_other_peoples_data_under_our_keys_is_named(server: Redis, opened: Calla
         client.set("onehop:default:nodes:clock", "not a sorted set")
     with pytest.raises(RegistryError, match="holds something else under a key onehop"):
         opened(server.url()).announce(record(1))
+
+
+@pytest.mark.parametrize("key", ["nodes:aaa", "count:aaa"])
+def test_other_peoples_data_under_one_services_keys_hides_no_other_service(
+    server: Redis, opened: Callable[..., LeasedRegistry], caplog: pytest.LogCaptureFixture, key: str
+) -> None:
+    with server.client() as client:
+        client.set(f"onehop:default:{key}", "not ours")
+        registry = opened(server.url())
+        views = watched(registry, "aaa")
+        for service in ("bbb", ""):
+            assert registry.want(service, 10.0)
+        opened(server.url()).announce(record(1, services={"bbb": ("a",)}))
+        views.become(1, within=5.0)
+        client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+        opened(server.url()).announce(record(2, services={"bbb": ("a",)}))
+        views.become(1, 2, within=10.0)
+        (warning,) = [each for each in caplog.records if "has to be removed" in each.getMessage()]
+        assert f"onehop:default:{key}," in warning.getMessage()
+        client.delete(f"onehop:default:{key}")
+        opened(server.url()).announce(record(3, services={"aaa": ("a",)}))
+        views.become(1, 2, 3, within=10.0)
+
+
+def test_names_that_are_none_of_ours_are_passed_by(server: Redis, opened: Callable[..., LeasedRegistry]) -> None:
+    with server.client() as client:
+        strange = ("%FF", "%", "", "\xff", "%41", "a/b")
+        client.zadd("onehop:default:services", dict.fromkeys(strange, 1e15))
+        views = watched(opened(server.url()), "")
+        for name in strange:
+            client.publish(f"onehop:default:0:change:{name}", f"5 put {record(7).node} x")
+        opened(server.url()).announce(record(1))
+        views.become(1, within=5.0)
+        assert client.dbsize() == 4, "a record, its node, its service and the count of its changes"
 
 
 # --- where it goes on ---
@@ -493,6 +528,17 @@ def test_a_connection_that_ends_is_told_and_raises(server: Redis, store: Make) -
     one.connect(told)
     one.keep()
     assert len(told.broken) == 1
+
+
+def test_a_dead_network_under_the_subscription_is_noticed_within_a_lease(store: Make) -> None:
+    one, _ = store(lease=6.0)
+    one.follow("clock")
+    assert one._listener is not None
+    wire = one._listener._subscription._connection._sock
+    assert wire.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    idle, between, probes = (wire.getsockopt(socket.IPPROTO_TCP, each) for each in options)
+    assert idle + between * probes == 6
 
 
 def test_what_is_closed_gives_threads_and_descriptors_back(server: Redis, store: Make) -> None:

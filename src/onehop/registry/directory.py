@@ -83,12 +83,14 @@ class Withdraw(msgspec.Struct, tag="withdraw"):
 class Told(msgspec.Struct, tag="told", omit_defaults=True):
     """What a directory knows: all of it at first, all of ``service`` in answer to :class:`Want`, else what changed.
 
+    ``place`` is said at first: a host may have several run directories, and who is ``here`` is in this one.
     ``here`` are nodes of its own host, of which it knows at first hand; ``announced`` those that said so themselves.
     Of the nodes that are no longer there (or no longer offer what was wanted) ``withdrawn`` surely are not; of
     ``lost`` ones the connection ended.
     """
 
     service: str | None = None
+    place: str = ""
     here: tuple[Record, ...] = ()
     announced: tuple[Record, ...] = ()
     withdrawn: tuple[str, ...] = ()
@@ -205,7 +207,8 @@ class _Realm:
     def snapshot(self, wants: frozenset[str]) -> bytes:
         """All that somebody with these wants has to know."""
         if wants not in self._snapshots:
-            self._snapshots[wants] = line_of(self._told(self._who_offers(wants), wants))
+            told = self._told(self._who_offers(wants), wants)
+            self._snapshots[wants] = line_of(msgspec.structs.replace(told, place=self._place()))
         return self._snapshots[wants]
 
     def answer(self, service: str, wants: frozenset[str]) -> bytes:
@@ -235,6 +238,13 @@ class _Realm:
 
     def close(self) -> None:
         self._registry.close()
+
+    def _place(self) -> str:
+        try:
+            found = self._registry.directory.stat()
+        except OSError:  # nobody is here
+            return ""
+        return f"{found.st_dev:x}-{found.st_ino:x}"  # its path may mean another one in another container
 
     def _see(self, records: Sequence[Record]) -> None:
         self._seen.append(records)

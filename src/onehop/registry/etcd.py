@@ -240,10 +240,7 @@ class EtcdStore(Store):
 
     def _owner(self, key: bytes) -> tuple[str, str]:
         service, _, node = key[len(self._root) :].decode(errors="replace").partition("/")
-        try:
-            return unquoted(service), unquoted(node)
-        except UnicodeDecodeError:  # it stands for no text, so it is none of ours
-            return service, node
+        return unquoted(service), unquoted(node)
 
     def _read(self, prefix: str) -> tuple[list[_KeyValue], int]:
         """Everything under ``prefix`` at one revision, and that revision."""

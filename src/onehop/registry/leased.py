@@ -42,8 +42,11 @@ def quoted(text: str) -> str:
 
 
 def unquoted(part: str) -> str:
-    """The text that :func:`quoted` made ``part`` of. Any text has one; of what is not ours it says nothing."""
-    return unquote(part, errors="surrogatepass") if "%" in part else part
+    """The text that :func:`quoted` made ``part`` of; what stands for no text, and so is none of ours, as it is."""
+    try:
+        return unquote(part, errors="surrogatepass") if "%" in part else part
+    except UnicodeDecodeError:
+        return part
 
 
 class StoreAway(OSError):

@@ -16,8 +16,10 @@ either: whoever renews or asks also removes those whose time has come, and that 
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,6 +42,8 @@ PORT, SENTINEL_PORT = 6379, 26379
 OPTIONS = ("db", "sentinel", "tls", "ca", "cert", "key")
 KEPT_LEASES = 10  # leases for which what is common to a service's records stays behind the last of them
 _SOON, _LATE, _MANY = 0.1, 0.33, 100  # leases between two questions: with few nodes, at most; nodes that double it
+
+_log = logging.getLogger(__name__)
 
 _Value = bytes | int | str
 _T = TypeVar("_T")
@@ -105,6 +109,16 @@ end
 local function current()
     local value = redis.pcall('GET', record)
     return type(value) == 'string' and value or false  -- somebody else's list is as good as nothing
+end
+
+local function strange()  -- the key that holds something else than what belongs there
+    for key, kind in pairs({[nodes] = 'zset', [count] = 'string'}) do
+        local found = redis.call('TYPE', key).ok
+        if found ~= 'none' and found ~= kind then
+            return key
+        end
+    end
+    return not string.match(redis.call('GET', count) or '0', '^%d+$') and count
 end
 
 local function live(service, node)
@@ -176,10 +190,17 @@ reap(prefix)
 return 1
 """
 _ASK = """
+if strange() then
+    return '0'
+end
 reap(ARGV[4])
 return redis.call('GET', count) or '0'
 """
 _READ = """
+local key = strange()
+if key then
+    return {'0', key}
+end
 begin_count()  -- so that the first change is the next one for whoever has read before it
 local prefix, answer = ARGV[4], {redis.call('GET', count)}
 local all = redis.call('ZRANGE', nodes, 0, -1)
@@ -218,6 +239,7 @@ class _Keys:
         self._realm = f"onehop:{quoted(settings.realm or 'default')}"
         self._lease = round(settings.lease * 1000)
         self.services = f"{self._realm}:services"
+        self.strange: set[str] = set()  # those that were warned of
         self._changes = f"{self._realm}:{database}:change:"
 
     def channel(self, service: str) -> str:
@@ -227,8 +249,9 @@ class _Keys:
         """The command, and what it subscribes to: all services where the name is empty."""
         return ("SUBSCRIBE", self.channel(service)) if service else ("PSUBSCRIBE", self._changes + "*")
 
-    def service(self, channel: bytes) -> str:
-        return unquoted(channel.decode("ascii", "replace").removeprefix(self._changes))
+    def service(self, channel: bytes) -> str | None:
+        """Whose channel this is; None where it is none of ours."""
+        return _name(channel.removeprefix(self._changes.encode()))
 
     def prefix(self, service: str) -> str:
         return f"{self._realm}:record:{quoted(service)}:"
@@ -307,12 +330,18 @@ class _Connection:
         self._asking = threading.Lock()
         self._closed = False
         options = place.options
+        probe = max(1, int(patience * 2 / 3))  # seconds: with two of them in vain a subscription is known to be cut
         arguments: dict[str, Any] = {
             "host": host,
             "port": port,
             "socket_timeout": patience,
             "socket_connect_timeout": patience,
             "socket_keepalive": True,
+            "socket_keepalive_options": {
+                socket.TCP_KEEPIDLE: probe,
+                socket.TCP_KEEPINTVL: probe,
+                socket.TCP_KEEPCNT: 2,
+            },
             "retry": Retry(NoBackoff(), 0),  # whoever calls has a way of his own
             "protocol": 2,
             "db": 0 if sentinel else int(options.get("db", "0")),
@@ -455,15 +484,27 @@ class _Listener:
 
     def _services(self) -> list[str]:
         (parts,) = self._questions.ask(("ZRANGE", self._keys.services, 0, -1))
-        return [unquoted(each.decode("ascii", "replace")) for each in parts]
+        return [service for each in parts if (service := _name(each)) is not None]
 
     def _read(self, service: str) -> dict[tuple[str, str], bytes]:
         ((count, *flat),) = self._questions.ask(self._keys.read(service))
+        if len(flat) == 1:
+            self._warn(flat.pop().decode(errors="replace"))
         nodes = [each.decode("utf-8", "replace") for each in flat[::2]]
         self._counts[service] = int(count)
         self._behind.pop(service, None)
         self._nodes[service] = set(nodes)
         return {(service, node): _record(value) for node, value in zip(nodes, flat[1::2], strict=True)}
+
+    def _warn(self, key: str) -> None:
+        if key not in self._keys.strange:
+            self._keys.strange.add(key)
+            _log.warning(
+                "the Redis server %s holds something else under the key %s, which has to be removed: "
+                "until then nobody is seen to offer that service",
+                self._questions.server,
+                key,
+            )
 
     def _run(self) -> None:
         ask_at = 0.0
@@ -497,7 +538,9 @@ class _Listener:
                 self._subscribed.add(channel.decode("utf-8", "replace"))
                 self._changed.notify_all()
         elif kind in (b"message", b"pmessage"):
-            self._take(self._keys.service(channel), data)
+            service = self._keys.service(channel)
+            if service is not None:
+                self._take(service, data)
 
     def _take(self, service: str, data: bytes) -> None:
         """One change; where it is not the next one, or none of ours, something was missed."""
@@ -543,6 +586,12 @@ class _Listener:
             self._tell.changed(service, node, None)
         for key, value in found.items():
             self._tell.changed(*key, value)
+
+
+def _name(part: bytes) -> str | None:
+    """The service whose quoted name this is; None where it is none."""
+    service = unquoted(part.decode("ascii", "replace"))
+    return service if service and quoted(service).encode() == part else None
 
 
 def _record(value: bytes) -> bytes:

@@ -276,7 +276,7 @@ class _Feed:
 
     def _key(self, path: str) -> tuple[str, str] | None:
         parts = path.removeprefix(f"{self._top}/").split("/")
-        return (_name(parts[0]), _name(parts[1])) if len(parts) == 2 else None
+        return (unquoted(parts[0]), unquoted(parts[1])) if len(parts) == 2 else None
 
     def _read(self) -> None:
         with self._lock:
@@ -315,10 +315,3 @@ class _Feed:
                 snapshot.done.set()
         elif self._tell is not None:
             self._tell.changed(*key, found.value if found else None, withdrawn=withdrawn and found is None)
-
-
-def _name(part: str) -> str:
-    try:
-        return unquoted(part)
-    except ValueError:  # none of ours
-        return part
