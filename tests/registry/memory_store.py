@@ -60,8 +60,10 @@ class Database:
             else:
                 self.values[key], self.leases[key] = value, lease
             for store in self.stores:
-                if store.tell is not None and not store.following.isdisjoint(("", key[0])):
-                    store.tell.changed(*key, value, withdrawn=withdrawn)
+                if not store.following.isdisjoint(("", key[0])):
+                    store.late.append((key, value, withdrawn))
+                if not store.is_late:
+                    store.catch_up()
 
     def expire(self, *nodes: str) -> None:
         """The leases of these nodes end."""
@@ -90,6 +92,8 @@ class MemoryStore(Store):
         self.database = database
         self.tell: Tell | None = None
         self.following: set[str] = set()
+        self.late: list[tuple[Key, bytes | None, bool]] = []  # changes that are still to be told
+        self.is_late = False  # until all is followed
         self.mine: dict[Key, int] = {}
         self.has_lease = False
         self.threads: set[str] = set()
@@ -103,6 +107,7 @@ class MemoryStore(Store):
         self._check()
         self.tell = tell
         self.following.clear()
+        self.late.clear()
         self.has_lease = False
 
     def follow(self, service: str) -> Mapping[Key, bytes]:
@@ -110,7 +115,19 @@ class MemoryStore(Store):
         self.database.follows += 1
         with self.database.lock:
             self.following.add(service)
+            self.is_late = True
             return {key: value for key, value in self.database.values.items() if service in ("", key[0])}
+
+    def followed(self) -> None:
+        with self.database.lock:
+            self.is_late = False
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        for key, value, withdrawn in self.late:
+            if self.tell is not None:
+                self.tell.changed(*key, value, withdrawn=withdrawn)
+        self.late.clear()
 
     def publish(self, node: str, values: Mapping[str, bytes]) -> None:
         self._check()

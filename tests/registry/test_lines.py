@@ -22,6 +22,11 @@ def line() -> Iterator[Line]:
             yield line
 
 
+def fill(line: Line, lines: int, size: int) -> None:
+    for _ in range(lines):
+        line.send(b"x" * size)
+
+
 @pytest.mark.parametrize("before", [b"", b"x" * BACKLOG_LIMIT], ids=["nothing", "less than may wait"])
 def test_one_line_may_be_of_any_length_and_more_than_that_may_wait(line: Line, before: bytes) -> None:
     if before:
@@ -29,11 +34,9 @@ def test_one_line_may_be_of_any_length_and_more_than_that_may_wait(line: Line, b
     line.send(b"x" * 3 * BACKLOG_LIMIT)
     line.send(ALIVE)
     with pytest.raises(Fault, match="reads too slowly"):
-        for _ in range(4):
-            line.send(b"x" * (BACKLOG_LIMIT // 2))
+        fill(line, 4, BACKLOG_LIMIT // 2)
 
 
 def test_many_lines_that_wait_are_too_many(line: Line) -> None:
     with pytest.raises(Fault, match="reads too slowly"):
-        for _ in range(40):  # the system takes some of them
-            line.send(b"x" * (BACKLOG_LIMIT // 4))
+        fill(line, 40, BACKLOG_LIMIT // 4)  # the system takes some of them

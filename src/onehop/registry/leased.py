@@ -94,7 +94,12 @@ class Store(Protocol):
 
         Without a gap: what happens after the moment of this answer is told, and nothing from before it. ``""`` stands
         for all services. Following what is followed already reads it once more.
+
+        Telling may begin as late as with :meth:`followed`, so that many services cost no more than one.
         """
+
+    def followed(self) -> None:
+        """All that is to be followed now is, and has to be told of; called again and again, mostly for nothing."""
 
     def publish(self, node: str, values: Mapping[str, bytes]) -> None:
         """Put our keys, under our lease: the value of each service that ``node`` offers.
@@ -462,6 +467,8 @@ class _Keeper:
                 self._followed.add(service)
                 self._answered.add(service)
             self._keep()
+        if self._store is not None:
+            self._store.followed()
 
     def _next_to_follow(self) -> str | None:
         wanted = {""} if "" in self._wanted else self._wanted

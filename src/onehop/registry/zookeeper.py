@@ -20,7 +20,7 @@ from kazoo.handlers.threading import KazooTimeoutError
 from kazoo.protocol import serialization as jute
 
 from onehop.errors import RegistryError, SettingsError
-from onehop.registry.leased import LeasedRegistry, LeaseLost, StoreAway, Tell, quoted, unquoted
+from onehop.registry.leased import LeasedRegistry, LeaseLost, Store, StoreAway, Tell, quoted, unquoted
 from onehop.registry.urls import Place, parse
 from onehop.registry.zookeeper_connection import AT_ONCE, PATIENCE, Connection, Found, Reads, Watch
 from onehop.settings import Settings
@@ -49,8 +49,8 @@ def open_registry(settings: Settings, url: str) -> LeasedRegistry:
     return LeasedRegistry(settings, place, lambda: ZooKeeperStore(settings, place))
 
 
-class ZooKeeperStore:
-    """One node's session; a :class:`onehop.registry.leased.Store`."""
+class ZooKeeperStore(Store):
+    """One node's session, as :class:`Store` promises it."""
 
     def __init__(self, settings: Settings, place: Place) -> None:
         self._place, self._lease = place, settings.lease
