@@ -362,9 +362,7 @@ def test_nothing_is_missed_or_told_twice_while_the_stream_is_opened_again(
     assert not heard.broken
 
 
-def test_many_services_are_followed_over_one_stream_that_is_opened_once(
-    stores: Stores, eventually: Eventually
-) -> None:
+def test_many_services_are_followed_over_one_stream_that_is_opened_once(stores: Stores, eventually: Eventually) -> None:
     services = [f"service {number:02}" for number in range(40)]
     with Etcd() as etcd, ExitStack() as closing:
         settings, views = Settings(realm=stores.realm, lease=LEASE, cache_directory="none"), Views()

@@ -24,7 +24,7 @@ import pytest
 from onehop.errors import RegistryError, SettingsError
 from onehop.interfaces import Record
 from onehop.registry import open_registry
-from onehop.registry.directory import HELLO_LIMIT, Directory, join, part
+from onehop.registry.directory import HELLO_LIMIT, LONGEST_LEASE, SHORTEST_LEASE, WANTS_LIMIT, Directory, join, part
 from onehop.registry.hosts import HostsRegistry
 from onehop.settings import Settings
 from onehop.testing.contracts import check_registry
@@ -604,6 +604,14 @@ def test_realms_do_not_see_each_other(site: Site) -> None:
     assert all(set(numbers(each)) <= {12, 42} for each in south.all)
 
 
+def test_the_realm_without_a_name_is_the_default(site: Site) -> None:
+    site.start_holder(1, 11)
+    site.start(4, 41)
+    assert site.watch(5, realm="default").become(11, 41)
+    site.start(4, 42, realm="default")
+    assert site.watch(5).become(11, 41, 42)
+
+
 def test_two_sites_on_one_host_have_a_port_each(site: Site, tmp_path: Path) -> None:
     first, second = site.watch(1), Views()
     url = f"hosts://{site.address(1)}:{site.port + 1}/"
@@ -674,6 +682,7 @@ GARBAGE = {
     "version": hello("", version=99),
     "lease": hello("", lease=0.0),
     "realm": hello("x" * 300),
+    "wants": hello("", services=[str(each) for each in range(WANTS_LIMIT + 1)]),
     "realm that is no name of a directory": hello("/" * 250),
     "record": hello("") + b'{"type":"announce","record":{"node":"../../etc/passwd","host":"x"}}\n',
 }
@@ -692,6 +701,32 @@ def test_garbage_is_counted_and_its_sender_cut(site: Site, garbage: bytes) -> No
     assert eventually(lambda: sum(directory.refused.values()) == 1)
     site.start(1, 11)
     assert views.become(11, within=AT_ONCE)
+
+
+def wants(*services: str) -> bytes:
+    return b"".join(json.dumps({"type": "want", "service": each}).encode() + b"\n" for each in services)
+
+
+def test_a_client_may_want_so_many_services_and_no_more(site: Site) -> None:
+    site.start_holder(1, 11)
+    connection = site.connect(1)
+    told = connection.makefile("rb")
+    connection.sendall(hello("", services=[str(each) for each in range(WANTS_LIMIT - 1)]) + wants("clock"))
+    told.readline()
+    assert [each["node"] for each in json.loads(told.readline())["here"]] == [record(11).node]
+    connection.sendall(wants("clock", "another"))
+    assert json.loads(told.readline()) == {"type": "told", "service": "clock"}
+    assert json.loads(told.readline())["type"] == "refusal"
+    assert told.readline() == b""
+
+
+def test_who_wants_all_has_been_told_of_each(site: Site) -> None:
+    site.start_holder(1, 11)
+    connection = site.connect(1)
+    told = connection.makefile("rb")
+    connection.sendall(hello("", services=[""]) + wants("clock"))
+    assert "here" in json.loads(told.readline())
+    assert json.loads(told.readline()) == {"type": "told", "service": "clock"}
 
 
 def test_who_is_impersonated_is_himself_again_at_once(site: Site) -> None:
@@ -840,6 +875,14 @@ def test_what_is_wrong_in_the_file_is_named_with_its_line(
 def test_a_wrong_url_is_explained(url: str, problem: str) -> None:
     with pytest.raises(SettingsError, match=problem):
         open_registry(url, Settings())
+
+
+@pytest.mark.parametrize("lease", [SHORTEST_LEASE / 2, LONGEST_LEASE + 1])
+def test_a_lease_that_no_directory_takes_is_refused_at_once(site: Site, lease: float) -> None:
+    with pytest.raises(SettingsError, match=r"lease is .* it must be 0\.1 to 3600 seconds"):
+        site.make(1, lease=lease)
+    for good in (SHORTEST_LEASE, LONGEST_LEASE):
+        site.make(1, lease=good)
 
 
 def test_a_file_that_is_missing_is_named(site: Site) -> None:

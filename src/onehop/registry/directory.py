@@ -38,7 +38,8 @@ from onehop.settings import Settings, revise
 VERSION = 1
 HELLO_LIMIT = 64 * 1024  # bytes of a line from somebody unknown
 HANDSHAKE = 5.0  # seconds in which a connection has to be greeted
-LONGEST_LEASE = 3600.0  # seconds
+SHORTEST_LEASE, LONGEST_LEASE = 0.1, 3600.0  # seconds
+WANTS_LIMIT = 4096  # services that one client may want; who wants more wants all
 CONNECTIONS = 32_768  # at most; and half of the descriptors that this process may have
 _RETRY = 5.0  # seconds between two attempts to take a port that nobody of ours holds; at most, and fewer until
 _IN_VAIN = 8  # so many were in vain
@@ -81,7 +82,7 @@ class Withdraw(msgspec.Struct, tag="withdraw"):
 
 
 class Told(msgspec.Struct, tag="told", omit_defaults=True):
-    """What a directory knows: all of it at first, all of ``service`` in answer to :class:`Want`, else what changed.
+    """What a directory knows: all of it at first, what was not told of ``service`` after :class:`Want`, then changes.
 
     ``place`` is said at first: a host may have several run directories, and who is ``here`` is in this one.
     ``here`` are nodes of its own host, of which it knows at first hand; ``announced`` those that said so themselves.
@@ -521,8 +522,7 @@ class Directory(Loop):
         elif realm is None:
             raise Fault(f"it says {type(message).__name__} where that has no place")
         elif isinstance(message, Want):
-            self._regroup(client, realm, client.wants | {message.service})
-            client.line.send(realm.answer(message.service, client.wants))
+            self._tell_too(client, realm, message.service)
         elif isinstance(message, Announce):
             node = message.record.node
             if len(node) != 32 or node.strip("0123456789abcdef"):
@@ -541,13 +541,28 @@ class Directory(Loop):
         else:
             raise Fault("it says Hello twice")
 
+    def _tell_too(self, client: _Client, realm: _Realm, service: str) -> None:
+        """From now on tell of ``service`` as well."""
+        if not client.wants.isdisjoint(("", service)):
+            client.line.send(line_of(Told(service=service)))  # all of it was told before
+        elif len(client.wants) < WANTS_LIMIT:
+            self._regroup(client, realm, client.wants | {service})
+            client.line.send(realm.answer(service, client.wants))
+        else:
+            fault = _too_many()
+            client.line.send(line_of(Refusal(str(fault))))
+            raise fault
+
     def _greet(self, client: _Client, hello: Hello) -> None:
         try:
             if hello.version != VERSION:
                 raise Fault(f"it speaks another version of the directory's protocol: {hello.version}, not {VERSION}")
-            if not 0.1 <= hello.lease <= LONGEST_LEASE:
-                raise Fault(f"its lease is none: {hello.lease} s; it must be 0.1 to {LONGEST_LEASE:.0f}")
-            realm = None if hello.realm is None else self._realm(hello.realm)
+            if not SHORTEST_LEASE <= hello.lease <= LONGEST_LEASE:
+                bounds = f"{SHORTEST_LEASE:g} to {LONGEST_LEASE:g}"
+                raise Fault(f"its lease is none: {hello.lease} s; it must be {bounds}")
+            if len(hello.services) > WANTS_LIMIT:
+                raise _too_many()
+            realm = None if hello.realm is None else self._realm(hello.realm or "default")
         except Fault as fault:
             client.line.send(line_of(Refusal(str(fault))))
             raise
@@ -631,6 +646,10 @@ class Directory(Loop):
         level = logging.DEBUG if self.refused[kind] else logging.WARNING
         _log.log(level, "the directory refused a connection: %s", why)
         self.refused[kind] += 1
+
+
+def _too_many() -> Fault:
+    return Fault(f"it wants more services than one may: {WANTS_LIMIT}; it must want all of them")
 
 
 def _listener(address: str, port: int) -> socket.socket:

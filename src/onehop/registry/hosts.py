@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from onehop.addresses import listening_ports, resolve
-from onehop.errors import RegistryError
+from onehop.errors import RegistryError, SettingsError
 from onehop.interfaces import Deliver, Record, Registry
 from onehop.registry import urls
 from onehop.registry.directory import (
     HANDSHAKE,
+    LONGEST_LEASE,
+    SHORTEST_LEASE,
     VERSION,
     Announce,
     Directory,
@@ -77,10 +79,13 @@ class HostsRegistry(Registry):
             when it changes.
 
     Raises:
-        SettingsError: the URL is wrong; says what would be right.
+        SettingsError: the URL or the lease is wrong; says what would be right.
     """
 
     def __init__(self, settings: Settings, url: str) -> None:
+        if not SHORTEST_LEASE <= settings.lease <= LONGEST_LEASE:
+            bounds = f"{SHORTEST_LEASE:g} to {LONGEST_LEASE:g} seconds"
+            raise SettingsError(f"lease is {settings.lease:g}; with the registry {url!r} it must be {bounds}")
         port = listening_ports(settings.ports)[0]
         self._settings, self._url = settings, url
         if url.lower().startswith("file:"):

@@ -100,6 +100,7 @@ class Store(Protocol):
 
     def followed(self) -> None:
         """All that is to be followed now is, and has to be told of; called again and again, mostly for nothing."""
+        return
 
     def publish(self, node: str, values: Mapping[str, bytes]) -> None:
         """Put our keys, under our lease: the value of each service that ``node`` offers.

@@ -61,12 +61,12 @@ class ZooKeeperStore(Store):
         self._session: tuple[int, bytes] | None = None
         self._sessions: set[int] = set()  # that we ever had
         self._ours: set[str] = set()  # what we may have put and not taken back, in whichever of them
-        self._kept: list[str] = []  # what we have put over this connection
+        self._kept: dict[str, bytes] = {}  # what we have put over this connection
         self._warned = False
 
     def connect(self, tell: Tell) -> None:
         self._drop(leave_session=True)
-        self._kept = []
+        self._kept = {}
         self._feed = _Feed(self._top, tell)
         connection = Connection(self._place, self._lease, self._session, self._feed.heard, self._feed.end)
         self._connection = self._feed.connection = connection
@@ -113,7 +113,7 @@ class ZooKeeperStore(Store):
                 changes += [jute.Transaction(each) for each in steps if each]
                 if connection.change(changes):
                     self._ours &= wanted.keys()
-                    self._kept = list(wanted)
+                    self._kept = wanted
                     return
         raise StoreAway(f"somebody else changes our keys below {self._top} of {self._place.shown} at the same time")
 
@@ -124,9 +124,9 @@ class ZooKeeperStore(Store):
     def keep(self) -> None:
         connection = self._connected()
         with self._explained():
-            for path, found in zip(self._kept, connection.read(self._kept), strict=True):
-                if found is None or found.session != connection.session[0]:
-                    raise LeaseLost(f"{path} is no longer ours at {connection.server}")
+            for (path, value), found in zip(self._kept.items(), connection.read(list(self._kept)), strict=True):
+                if found is None or found.session != connection.session[0] or found.value != value:
+                    raise LeaseLost(f"{path} is no longer ours, or not as we put it, at {connection.server}")
 
     def close(self) -> None:
         self._drop(leave_session=False)
