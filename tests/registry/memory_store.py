@@ -22,6 +22,7 @@ class Database:
         full: nobody can publish anything.
         refusal: what it says to everybody, as to one with a wrong password.
         connects, follows, publishes: how often each was asked for.
+        connected_at: when each connection was asked for.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class Database:
         self.refusal = ""
         self.loses_leases = False
         self.connects = self.follows = self.publishes = self.keeps = 0
+        self.connected_at: list[float] = []
         self.values: dict[Key, bytes] = {}
         self.leases: dict[Key, int] = {}
         self.lock = threading.RLock()
@@ -104,6 +106,7 @@ class MemoryStore(Store):
 
     def connect(self, tell: Tell) -> None:
         self.database.connects += 1
+        self.database.connected_at.append(time.monotonic())
         self._check()
         self.tell = tell
         self.following.clear()

@@ -26,6 +26,7 @@ from onehop.registry.view import CACHE_PERIOD, RECORD_LIMIT, Cache, View, node_p
 from onehop.settings import Settings
 
 FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0  # seconds before a registry that is away is tried again, at most; full jitter
+RETURN_DELAY = 1.0  # seconds, at least, over which those come back who lost their connections together
 PATIENCE = 2.0  # seconds for which announce and withdraw wait for a registry that does not answer
 CLOSE_PATIENCE = 1.0  # seconds for which close waits
 _CACHE_PATIENCE = 0.5  # seconds without an answer until the disk is asked
@@ -497,6 +498,7 @@ class _Keeper:
         """The connection does not hold, or there was none to be had: keep what is known, and try again later."""
         now = time.monotonic()
         with self._state:
+            spread = min(RETURN_DELAY, self._lease) if self._told is not None else 0.0
             new = self._away_since is None or (refusal is not None and str(refusal) != self._away_why)
             self._rest_until = 0.0
             self._apply()  # what was told before the end counts: else nobody would go where each try ends early
@@ -504,7 +506,7 @@ class _Keeper:
             self.view.away(now)
             self._away_since = self._away_since or now
             self._away_why, self._refusal = why, refusal
-            self._connect_at = now + random.uniform(0.0, self._delay)
+            self._connect_at = now + random.uniform(0.0, max(spread, self._delay))
             # Not longer than a lease: others hold us for no more than a few of them.
             self._delay = min(2 * self._delay, LONGEST_DELAY, self._lease)
             if new:
