@@ -2,11 +2,6 @@
 
 One process of a host holds the port. The others each keep a connection to it, which ends when it does, however that
 happens; then one of them takes the port.
-
-Messages are lines of JSON, each with a bounded length and a ``type``; an empty line is a sign of life, which the
-directory answers with another. A client says :class:`Hello` first, and hears :class:`Told` with all that it wants to
-know; from then on it hears of changes, and says what it wants besides (:class:`Want`) and who it is
-(:class:`Announce`, :class:`Withdraw`). Its record stands as long as its connection.
 """
 
 from __future__ import annotations
@@ -31,11 +26,24 @@ import msgspec
 from onehop.addresses import listening_address, resolve
 from onehop.errors import OnehopError
 from onehop.interfaces import Record
+from onehop.registry.directory_messages import (
+    VERSION,
+    Announce,
+    Hello,
+    Refusal,
+    Told,
+    Want,
+    Withdraw,
+    from_client,
+    from_directory,
+    line_of,
+    trimmed,
+    understood,
+)
 from onehop.registry.lines import ALIVE, Broken, Fault, Line, Loop
 from onehop.registry.local import RECORD_LIMIT, LocalRegistry, run_directory
 from onehop.settings import Settings, revise
 
-VERSION = 1
 HELLO_LIMIT = 64 * 1024  # bytes of a line from somebody unknown
 HANDSHAKE = 5.0  # seconds in which a connection has to be greeted
 SHORTEST_LEASE, LONGEST_LEASE = 0.1, 3600.0  # seconds
@@ -49,88 +57,6 @@ _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 _ADVICE = "choose another port (the first of the setting ports, or in the registry's URL) on all hosts"
 
 _log = logging.getLogger(__name__)
-
-
-class Hello(msgspec.Struct, tag="hello", omit_defaults=True):
-    """Who connects: a node of ``realm`` that wants to know who offers ``services`` (``""``: any).
-
-    Without a realm it only waits for the end of the directory. ``lease`` is the silence, in seconds, after which
-    either end takes the other for gone.
-    """
-
-    version: int
-    host: str
-    lease: float
-    realm: str | None = None
-    services: tuple[str, ...] = ()
-
-
-class Want(msgspec.Struct, tag="want"):
-    """From now on tell who offers ``service`` too."""
-
-    service: str
-
-
-class Announce(msgspec.Struct, tag="announce"):
-    """The sender's record, in the place of the one before."""
-
-    record: Record
-
-
-class Withdraw(msgspec.Struct, tag="withdraw"):
-    """The sender takes its record back."""
-
-
-class Told(msgspec.Struct, tag="told", omit_defaults=True):
-    """What a directory knows: all of it at first, what was not told of ``service`` after :class:`Want`, then changes.
-
-    ``place`` is said at first: a host may have several run directories, and who is ``here`` is in this one.
-    ``here`` are nodes of its own host, of which it knows at first hand; ``announced`` those that said so themselves.
-    Of the nodes that are no longer there (or no longer offer what was wanted) ``withdrawn`` surely are not; of
-    ``lost`` ones the connection ended.
-    """
-
-    service: str | None = None
-    place: str = ""
-    here: tuple[Record, ...] = ()
-    announced: tuple[Record, ...] = ()
-    withdrawn: tuple[str, ...] = ()
-    lost: tuple[str, ...] = ()
-
-
-class Refusal(msgspec.Struct, tag="refusal"):
-    """Why the directory ends the connection."""
-
-    reason: str
-
-
-_encode = msgspec.json.Encoder().encode
-_from_client = msgspec.json.Decoder(Hello | Want | Announce | Withdraw)
-from_directory = msgspec.json.Decoder(Told | Refusal)
-
-
-def line_of(message: msgspec.Struct) -> bytes:
-    """``message`` as it goes over the wire."""
-    return _encode(message) + b"\n"
-
-
-def trimmed(record: Record | None, services: Iterable[str]) -> Record | None:
-    """``record`` with those of its services alone that are wanted; None where there is none."""
-    if record is None or "" in services:
-        return record
-    offered = {name: servers for name, servers in record.services.items() if name in services}
-    if len(offered) == len(record.services):
-        return record if offered else None
-    idempotent = {name: methods for name, methods in record.idempotent.items() if name in offered}
-    return msgspec.structs.replace(record, services=offered, idempotent=idempotent) if offered else None
-
-
-def understood(decoder: msgspec.json.Decoder[Any], line: bytes) -> Any:
-    """The message in ``line``. Raises :class:`Broken` where it is none."""
-    try:
-        return decoder.decode(line)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise Fault(f"it sent no message of the directory's protocol: {error}") from error
 
 
 class _Client:
@@ -509,7 +435,7 @@ class Directory(Loop):
                     client.heard = now
                 for line in lines:
                     if line or not client.greeted:
-                        self._obey(client, understood(_from_client, line))
+                        self._obey(client, understood(from_client, line))
                 if b"" in lines:
                     client.line.send(ALIVE)
         except Broken as broken:

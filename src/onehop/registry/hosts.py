@@ -26,22 +26,17 @@ from onehop.addresses import listening_ports, resolve
 from onehop.errors import RegistryError, SettingsError
 from onehop.interfaces import Deliver, Record, Registry
 from onehop.registry import urls
-from onehop.registry.directory import (
-    HANDSHAKE,
-    LONGEST_LEASE,
-    SHORTEST_LEASE,
+from onehop.registry.directory import HANDSHAKE, LONGEST_LEASE, SHORTEST_LEASE, Directory, join, part
+from onehop.registry.directory_messages import (
     VERSION,
     Announce,
-    Directory,
     Hello,
     Refusal,
     Told,
     Want,
     Withdraw,
     from_directory,
-    join,
     line_of,
-    part,
     trimmed,
     understood,
 )
