@@ -107,6 +107,13 @@ class Etcd(Server):
     def revision(self) -> int:
         return int(self.call("kv/range", key="x")["header"]["revision"])
 
+    def watches(self) -> int:
+        """How many streams of changes were asked for since it started."""
+        with urllib.request.urlopen(f"{self.client}/metrics", timeout=10.0, context=self.context) as answer:
+            lines = answer.read().decode().splitlines()
+        counted = 'grpc_server_started_total{grpc_method="Watch",grpc_service="etcdserverpb.Watch"'
+        return sum(int(float(each.split()[-1])) for each in lines if each.startswith(counted))
+
     def compact(self) -> None:
         """Forget all history before now."""
         self.call("kv/compaction", revision=self.revision(), physical=True)

@@ -19,15 +19,18 @@ class Database:
     Attributes:
         away: nobody reaches it: every method raises at once.
         hung: every method waits until it is False.
+        full: nobody can publish anything.
         refusal: what it says to everybody, as to one with a wrong password.
         connects, follows, publishes: how often each was asked for.
+        connected_at: when each connection was asked for.
     """
 
     def __init__(self) -> None:
-        self.away = self.hung = False
+        self.away = self.hung = self.full = False
         self.refusal = ""
         self.loses_leases = False
         self.connects = self.follows = self.publishes = self.keeps = 0
+        self.connected_at: list[float] = []
         self.values: dict[Key, bytes] = {}
         self.leases: dict[Key, int] = {}
         self.lock = threading.RLock()
@@ -59,8 +62,10 @@ class Database:
             else:
                 self.values[key], self.leases[key] = value, lease
             for store in self.stores:
-                if store.tell is not None and not store.following.isdisjoint(("", key[0])):
-                    store.tell.changed(*key, value, withdrawn=withdrawn)
+                if not store.following.isdisjoint(("", key[0])):
+                    store.late.append((key, value, withdrawn))
+                if not store.is_late:
+                    store.catch_up()
 
     def expire(self, *nodes: str) -> None:
         """The leases of these nodes end."""
@@ -89,6 +94,8 @@ class MemoryStore(Store):
         self.database = database
         self.tell: Tell | None = None
         self.following: set[str] = set()
+        self.late: list[tuple[Key, bytes | None, bool]] = []  # changes that are still to be told
+        self.is_late = False  # until all is followed
         self.mine: dict[Key, int] = {}
         self.has_lease = False
         self.threads: set[str] = set()
@@ -99,9 +106,11 @@ class MemoryStore(Store):
 
     def connect(self, tell: Tell) -> None:
         self.database.connects += 1
+        self.database.connected_at.append(time.monotonic())
         self._check()
         self.tell = tell
         self.following.clear()
+        self.late.clear()
         self.has_lease = False
 
     def follow(self, service: str) -> Mapping[Key, bytes]:
@@ -109,11 +118,25 @@ class MemoryStore(Store):
         self.database.follows += 1
         with self.database.lock:
             self.following.add(service)
+            self.is_late = True
             return {key: value for key, value in self.database.values.items() if service in ("", key[0])}
+
+    def followed(self) -> None:
+        with self.database.lock:
+            self.is_late = False
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        for key, value, withdrawn in self.late:
+            if self.tell is not None:
+                self.tell.changed(*key, value, withdrawn=withdrawn)
+        self.late.clear()
 
     def publish(self, node: str, values: Mapping[str, bytes]) -> None:
         self._check()
         self.database.publishes += 1
+        if self.database.full:
+            raise StoreAway("the database in memory has no room left")
         if self.database.loses_leases:
             raise LeaseLost("no lease lives here")
         lease = self.database.lease()

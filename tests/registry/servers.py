@@ -184,7 +184,7 @@ class Sentinels:
     def __init__(self) -> None:
         first = Redis()
         self.servers = (first, Redis("--replicaof", "127.0.0.1", str(first.port)))
-        self.sentinel = _Sentinel(first.port)
+        self.sentinel = Sentinel(first.port)
 
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.sentinel.port}/?sentinel=main"
@@ -225,13 +225,21 @@ class Sentinels:
         return False
 
 
-class _Sentinel(Redis):
-    def __init__(self, primary: int) -> None:
+class Sentinel(Redis):
+    """It has no login itself.
+
+    Args:
+        primary: the port of the server that it watches under the name ``main``.
+        password: of that server.
+    """
+
+    def __init__(self, primary: int, password: str = "") -> None:
         super().__init__()
+        login = f"sentinel auth-pass main {password}\n" if password else ""
         (self.directory / "sentinel.conf").write_text(
             f"port {self.port}\nbind 127.0.0.1\ndir {self.directory}\n"
             f"sentinel monitor main 127.0.0.1 {primary} 1\n"
-            "sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 2000\n"
+            "sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 2000\n" + login
         )
 
     def command(self) -> Sequence[str]:

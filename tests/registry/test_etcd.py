@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -79,6 +79,15 @@ def three(one_cluster: EtcdCluster) -> EtcdCluster:
     return one_cluster.start()
 
 
+class Following(EtcdStore):
+    """As it is used where one service is followed at a time."""
+
+    def follow(self, service: str) -> Mapping[tuple[str, str], bytes]:
+        found = super().follow(service)
+        self.followed()
+        return found
+
+
 class Stores:
     """Opens stores, each connected and with what it tells; closes them at the end. Each test has its own realm."""
 
@@ -87,7 +96,7 @@ class Stores:
         self._all: list[EtcdStore] = []
 
     def open(self, url: str, realm: str = "", lease: float = 60.0) -> EtcdStore:
-        store = EtcdStore(Settings(realm=realm or self.realm, lease=lease), parse(url, PORT, OPTIONS))
+        store = Following(Settings(realm=realm or self.realm, lease=lease), parse(url, PORT, OPTIONS))
         self._all.append(store)
         return store
 
@@ -351,6 +360,37 @@ def test_nothing_is_missed_or_told_twice_while_the_stream_is_opened_again(
     eventually(lambda: len(heard.changes) >= changes, WITHIN)
     assert [int(each.value or b"-1") for each in heard.changes] == list(range(changes))
     assert not heard.broken
+
+
+def test_many_services_are_followed_over_one_stream_that_is_opened_once(stores: Stores, eventually: Eventually) -> None:
+    services = [f"service {number:02}" for number in range(40)]
+    with Etcd() as etcd, ExitStack() as closing:
+        settings, views = Settings(realm=stores.realm, lease=LEASE, cache_directory="none"), Views()
+        for each in (client := open_registry(etcd.url(), settings), server := open_registry(etcd.url(), settings)):
+            closing.callback(each.close)
+        client.watch(views)
+        assert all(client.want(service, WITHIN) for service in services)
+        etcd.restart()
+        server.announce(record(1, services=dict.fromkeys(services, ("a",))))
+        eventually(lambda: views.nodes == [1] and len(views.last[0].services) == len(services), WITHIN)
+        server.announce(record(1, version="new", services=dict.fromkeys(services, ("a",))))
+        eventually(lambda: views.last[0].version == "new", WITHIN)
+        assert 0 < etcd.watches() <= 5, "as often as the connection broke while the server started"
+
+
+def test_what_changes_between_the_reading_of_two_services_is_told(
+    etcd: Etcd, stores: Stores, eventually: Eventually
+) -> None:
+    server, _ = stores.connected(etcd.url())
+    client, heard = stores.connected(etcd.url())
+    EtcdStore.follow(client, "a")
+    server.publish("n0", {"a": b"1"})
+    EtcdStore.follow(client, "b")
+    server.publish("n0", {"a": b"2", "b": b"2"})
+    assert not heard.changes
+    client.followed()
+    eventually(lambda: len(heard.changes) == 3, WITHIN)
+    assert sorted(heard.changes) == [Change("a", "n0", b"1"), Change("a", "n0", b"2"), Change("b", "n0", b"2")]
 
 
 def test_many_values_are_read_as_of_one_moment(etcd: Etcd, stores: Stores, eventually: Eventually) -> None:

@@ -24,7 +24,7 @@ import pytest
 from onehop.errors import RegistryError, SettingsError
 from onehop.interfaces import Record
 from onehop.registry import open_registry
-from onehop.registry.directory import HELLO_LIMIT, Directory, join, part
+from onehop.registry.directory import HELLO_LIMIT, LONGEST_LEASE, SHORTEST_LEASE, WANTS_LIMIT, Directory, join, part
 from onehop.registry.hosts import HostsRegistry
 from onehop.settings import Settings
 from onehop.testing.contracts import check_registry
@@ -564,7 +564,9 @@ def test_only_what_is_wanted_is_told(site: Site) -> None:
     connection = site.connect(1)
     connection.sendall(hello("", services=["clock"]))
     told = connection.makefile("rb")
-    assert json.loads(told.readline()) == {"type": "told"}
+    first = json.loads(told.readline())
+    assert first.pop("place")
+    assert first == {"type": "told"}
     other = site.open(1)
     other.announce(record(11, services={"compute": ("a",), "volume": ("a",)}))
     other.announce(record(11, services={"compute": ("a",), "clock": ("b",)}))
@@ -602,6 +604,14 @@ def test_realms_do_not_see_each_other(site: Site) -> None:
     assert all(set(numbers(each)) <= {12, 42} for each in south.all)
 
 
+def test_the_realm_without_a_name_is_the_default(site: Site) -> None:
+    site.start_holder(1, 11)
+    site.start(4, 41)
+    assert site.watch(5, realm="default").become(11, 41)
+    site.start(4, 42, realm="default")
+    assert site.watch(5).become(11, 41, 42)
+
+
 def test_two_sites_on_one_host_have_a_port_each(site: Site, tmp_path: Path) -> None:
     first, second = site.watch(1), Views()
     url = f"hosts://{site.address(1)}:{site.port + 1}/"
@@ -627,6 +637,38 @@ def test_two_hundred_nodes_join_and_leave(site: Site) -> None:
         assert each.become(*everybody[:50], within=20.0)
 
 
+@pytest.fixture
+def apart(site: Site, run_directory: str) -> dict[str, str]:
+    """The settings of another user of host 1."""
+    return {"run_directory": str(Path(run_directory) / "apart")}
+
+
+def test_two_users_of_one_host_see_each_others_nodes(site: Site, apart: dict[str, str]) -> None:
+    site.listed = (1,)
+    site.start_holder(1, 11)
+    site.start(1, 12, **apart)
+    for views in (site.watch(1), site.watch(1, **apart), site.watch(2)):
+        assert views.become(11, 12, within=AT_ONCE)
+
+
+def test_another_user_of_a_host_takes_its_directory_over_and_no_living_record_leaves_a_view(
+    site: Site, apart: dict[str, str]
+) -> None:
+    site.listed = (1,)
+    holder = site.start_holder(1, 11)
+    site.start(1, 12)
+    others = [site.start(1, number, **apart) for number in (13, 14)]
+    views = site.watch(2)
+    assert views.become(11, 12, 13, 14)
+    since = len(views.all) - 1
+    holder.kill()
+    assert views.become(12, 13, 14, within=AT_ONCE)
+    assert eventually(lambda: site.is_held(1) and site.tells_of(1) == [12, 13, 14])
+    others[0].kill()
+    assert views.become(12, 14, within=AT_ONCE)
+    assert all(views.always_had(number, since) for number in (12, 14))
+
+
 # --- strangers at the port ---
 
 GARBAGE = {
@@ -640,6 +682,8 @@ GARBAGE = {
     "version": hello("", version=99),
     "lease": hello("", lease=0.0),
     "realm": hello("x" * 300),
+    "wants": hello("", services=[str(each) for each in range(WANTS_LIMIT + 1)]),
+    "realm that is no name of a directory": hello("/" * 250),
     "record": hello("") + b'{"type":"announce","record":{"node":"../../etc/passwd","host":"x"}}\n',
 }
 
@@ -657,6 +701,71 @@ def test_garbage_is_counted_and_its_sender_cut(site: Site, garbage: bytes) -> No
     assert eventually(lambda: sum(directory.refused.values()) == 1)
     site.start(1, 11)
     assert views.become(11, within=AT_ONCE)
+
+
+def wants(*services: str) -> bytes:
+    return b"".join(json.dumps({"type": "want", "service": each}).encode() + b"\n" for each in services)
+
+
+def test_a_client_may_want_so_many_services_and_no_more(site: Site) -> None:
+    site.start_holder(1, 11)
+    connection = site.connect(1)
+    told = connection.makefile("rb")
+    connection.sendall(hello("", services=[str(each) for each in range(WANTS_LIMIT - 1)]) + wants("clock"))
+    told.readline()
+    assert [each["node"] for each in json.loads(told.readline())["here"]] == [record(11).node]
+    connection.sendall(wants("clock", "another"))
+    assert json.loads(told.readline()) == {"type": "told", "service": "clock"}
+    assert json.loads(told.readline())["type"] == "refusal"
+    assert told.readline() == b""
+
+
+def test_who_wants_all_has_been_told_of_each(site: Site) -> None:
+    site.start_holder(1, 11)
+    connection = site.connect(1)
+    told = connection.makefile("rb")
+    connection.sendall(hello("", services=[""]) + wants("clock"))
+    assert "here" in json.loads(told.readline())
+    assert json.loads(told.readline()) == {"type": "told", "service": "clock"}
+
+
+def test_who_is_impersonated_is_himself_again_at_once(site: Site) -> None:
+    site.listed = (1,)
+    site.start_holder(1)
+    site.start(4, 41)
+    views = site.watch(1)
+    assert views.become(41)
+    stranger = site.connect(1)
+    forged = {"type": "announce", "record": {"node": record(41).node, "host": "forged", "services": {"clock": ["a"]}}}
+    stranger.sendall(hello("") + json.dumps(forged).encode() + b"\n")
+    assert eventually(lambda: "forged" in [each[0].host for each in views.all if each])
+    assert eventually(lambda: views.all[-1] and views.all[-1][0].host == "host-4", AT_ONCE)
+    with suppress(OSError):
+        stranger.sendall(b'{"type":"withdraw"}\n')
+    stranger.close()
+    assert views.remain(41, seconds=0.5)
+
+
+class Interrupted(BaseException):
+    """As a green thread's timeout: no error of who is interrupted."""
+
+
+def test_a_delivery_that_is_interrupted_is_made_again(site: Site) -> None:
+    site.listed = (1,)
+    registry, views, interrupted = site.open(1), Views(), [True]
+
+    def deliver(records: Sequence[Record]) -> None:
+        if interrupted:
+            interrupted.clear()
+            raise Interrupted
+        views(records)
+
+    registry.watch(Views())
+    registry.want("", 1.0)
+    with pytest.raises(Interrupted):
+        registry.watch(deliver)
+    registry.announce(record(11))
+    assert eventually(lambda: bool(views.all) and views.nodes == [11])
 
 
 def test_strangers_are_counted_by_reason(site: Site, caplog: pytest.LogCaptureFixture) -> None:
@@ -766,6 +875,14 @@ def test_what_is_wrong_in_the_file_is_named_with_its_line(
 def test_a_wrong_url_is_explained(url: str, problem: str) -> None:
     with pytest.raises(SettingsError, match=problem):
         open_registry(url, Settings())
+
+
+@pytest.mark.parametrize("lease", [SHORTEST_LEASE / 2, LONGEST_LEASE + 1])
+def test_a_lease_that_no_directory_takes_is_refused_at_once(site: Site, lease: float) -> None:
+    with pytest.raises(SettingsError, match=r"lease is .* it must be 0\.1 to 3600 seconds"):
+        site.make(1, lease=lease)
+    for good in (SHORTEST_LEASE, LONGEST_LEASE):
+        site.make(1, lease=good)
 
 
 def test_a_file_that_is_missing_is_named(site: Site) -> None:

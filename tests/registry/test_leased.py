@@ -21,7 +21,7 @@ from tests.registry.servers import eventually
 
 from onehop.errors import RegistryError
 from onehop.interfaces import Deliver, Record
-from onehop.registry.leased import CLOSE_PATIENCE, PATIENCE, LeasedRegistry, quoted, unquoted
+from onehop.registry.leased import CLOSE_PATIENCE, FIRST_DELAY, PATIENCE, RETURN_DELAY, LeasedRegistry, quoted, unquoted
 from onehop.registry.urls import Place
 from onehop.settings import Settings
 from onehop.testing.contracts import check_registry
@@ -367,6 +367,29 @@ def test_absence_and_return_are_logged_once_each(
     assert views.all == [()]
 
 
+def test_many_who_lose_their_connections_together_do_not_come_back_together(make: Open, database: Database) -> None:
+    crowd = 60
+    for _ in range(crowd):
+        watched(make(lease=6.0))
+    database.connected_at.clear()
+    began = time.monotonic()
+    database.cut()
+    assert eventually(lambda: len(database.connected_at) == crowd, 10.0)
+    at = sorted(each - began for each in database.connected_at)
+    assert at[-1] - at[0] > RETURN_DELAY / 2
+    assert at[-1] < RETURN_DELAY + 1.0
+    fullest = max(sum(begin <= each < begin + FIRST_DELAY for each in at) for begin in at)
+    assert fullest < crowd / 2, at
+
+
+def test_a_database_that_was_never_there_is_asked_again_at_once(make: Open, database: Database) -> None:
+    database.away = True
+    make(lease=6.0).want("clock", 0.0)
+    assert eventually(lambda: len(database.connected_at) > 2, 10.0)
+    first, second, *_ = database.connected_at
+    assert second - first < FIRST_DELAY + 0.4
+
+
 def test_an_absent_database_is_asked_less_and_less_and_costs_nothing(make: Open, database: Database) -> None:
     database.away = True
     registry = make()
@@ -568,6 +591,19 @@ def test_others_are_read_where_nothing_can_be_written(make: Open, database: Data
     assert views.nodes == [2]
 
 
+def test_who_can_write_nothing_sees_the_dead_go_all_the_same(make: Open, database: Database) -> None:
+    for number in range(1, 6):
+        database.put(key(number), value(number))
+    views = watched(registry := make(lease=1.0))
+    assert views.nodes == [1, 2, 3, 4, 5]
+    database.full = True
+    registry.announce(record(6))
+    attempts = database.connects
+    database.expire(record(1).node)
+    assert eventually(lambda: views.nodes == [2, 3, 4, 5], 20.0)
+    assert database.connects > attempts, "each attempt began a new connection"
+
+
 # --- names in keys ---
 
 
@@ -579,3 +615,9 @@ def test_quoted_names_are_apart_and_come_back(one: str, other: str) -> None:
     assert not set("/:*?[ ") & set(part)
     assert not part.startswith(".")
     assert (quoted(other) == part) == (one == other)
+
+
+@given(st.text(alphabet="%0128ACDEFf", max_size=9))
+def test_what_is_no_quoted_name_is_taken_as_it_is_and_for_no_others(part: str) -> None:
+    assert unquoted("%FF") == "%FF"
+    assert unquoted(part) == part or unquoted(quoted(unquoted(part))) == unquoted(part)

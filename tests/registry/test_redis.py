@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from tests.registry.outages import Cluster, Outages, Views, record
-from tests.registry.servers import Redis, Sentinels, eventually, free_port
+from tests.registry.servers import Redis, Sentinel, Sentinels, eventually, free_port
 
 from onehop.errors import RegistryError, SettingsError
 from onehop.registry import open_registry
@@ -193,11 +194,62 @@ def test_a_server_without_memory_is_away_until_it_has_some(
         assert watched(registry).become(1, within=20.0) is None
 
 
+def test_who_was_announced_stays_where_memory_runs_out_and_connections_break(
+    opened: Callable[..., LeasedRegistry], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Redis("--maxmemory-policy", "noeviction") as server, server.client() as client:
+        registry = opened(server.url())
+        registry.announce(record(1))
+        client.config_set("maxmemory", 1)
+        with caplog.at_level(logging.INFO):
+            client.client_kill_filter(_type="normal", skipme=True)
+            assert eventually(lambda: " is back " in caplog.text, 10.0)
+        until = time.monotonic() + 3 * LEASE  # several leases are the subject
+        while time.monotonic() < until:
+            assert client.exists(f"onehop:default:record:clock:{record(1).node}")
+            time.sleep(0.05)
+        assert "no memory" not in caplog.text
+
+
 def test_other_peoples_data_under_our_keys_is_named(server: Redis, opened: Callable[..., LeasedRegistry]) -> None:
     with server.client() as client:
         client.set("onehop:default:nodes:clock", "not a sorted set")
     with pytest.raises(RegistryError, match="holds something else under a key onehop"):
         opened(server.url()).announce(record(1))
+
+
+@pytest.mark.parametrize("key", ["nodes:aaa", "count:aaa"])
+def test_other_peoples_data_under_one_services_keys_hides_no_other_service(
+    server: Redis, opened: Callable[..., LeasedRegistry], caplog: pytest.LogCaptureFixture, key: str
+) -> None:
+    with server.client() as client:
+        client.set(f"onehop:default:{key}", "not ours")
+        registry = opened(server.url())
+        views = watched(registry, "aaa")
+        for service in ("bbb", ""):
+            assert registry.want(service, 10.0)
+        opened(server.url()).announce(record(1, services={"bbb": ("a",)}))
+        views.become(1, within=5.0)
+        client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+        opened(server.url()).announce(record(2, services={"bbb": ("a",)}))
+        views.become(1, 2, within=10.0)
+        (warning,) = [each for each in caplog.records if "has to be removed" in each.getMessage()]
+        assert f"onehop:default:{key}," in warning.getMessage()
+        client.delete(f"onehop:default:{key}")
+        opened(server.url()).announce(record(3, services={"aaa": ("a",)}))
+        views.become(1, 2, 3, within=10.0)
+
+
+def test_names_that_are_none_of_ours_are_passed_by(server: Redis, opened: Callable[..., LeasedRegistry]) -> None:
+    with server.client() as client:
+        strange = ("%FF", "%", "", "\xff", "%41", "a/b")
+        client.zadd("onehop:default:services", dict.fromkeys(strange, 1e15))
+        views = watched(opened(server.url()), "")
+        for name in strange:
+            client.publish(f"onehop:default:0:change:{name}", f"5 put {record(7).node} x")
+        opened(server.url()).announce(record(1))
+        views.become(1, within=5.0)
+        assert client.dbsize() == 4, "a record, its node, its service and the count of its changes"
 
 
 # --- where it goes on ---
@@ -227,6 +279,15 @@ def test_sentinels_name_the_new_primary_and_nobody_is_dropped(
         time.sleep(2.5 * LEASE)  # who was held would go now
         assert views.nodes == [*numbers, 6]
         assert views.fewest_since(mark) == 5
+
+
+def test_a_sentinel_without_a_login_leads_to_servers_that_have_one(opened: Callable[..., LeasedRegistry]) -> None:
+    with Redis("--requirepass", "right") as server, Sentinel(server.port, "right") as sentinel:
+        registry = opened(sentinel.url(sentinel="main").replace("//", "//:right@"))
+        registry.announce(record(1))
+        assert watched(registry).nodes == [1]
+        with pytest.raises(RegistryError, match=f"{server.port} refuses the user or the password"):
+            opened(sentinel.url(sentinel="main").replace("//", "//:wrong@")).announce(record(2))
 
 
 def test_tls_with_a_certificate_of_ones_own(tmp_path: Path, opened: Callable[..., LeasedRegistry]) -> None:
@@ -467,6 +528,17 @@ def test_a_connection_that_ends_is_told_and_raises(server: Redis, store: Make) -
     one.connect(told)
     one.keep()
     assert len(told.broken) == 1
+
+
+def test_a_dead_network_under_the_subscription_is_noticed_within_a_lease(store: Make) -> None:
+    one, _ = store(lease=6.0)
+    one.follow("clock")
+    assert one._listener is not None
+    wire = one._listener._subscription._connection._sock
+    assert wire.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    idle, between, probes = (wire.getsockopt(socket.IPPROTO_TCP, each) for each in options)
+    assert idle + between * probes == 6
 
 
 def test_what_is_closed_gives_threads_and_descriptors_back(server: Redis, store: Make) -> None:

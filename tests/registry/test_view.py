@@ -145,7 +145,7 @@ def test_an_empty_answer_after_a_full_one_is_not_believed_at_once() -> None:
 def test_while_the_registry_is_away_nobody_goes() -> None:
     view = known(1, 2, 3)
     lose(view, [1], NOW)
-    view.away()
+    view.away(NOW)
     lose(view, [2], NOW + 1)
     view.settle(NOW + 1_000_000)
     assert nodes(view) == [1, 2, 3]
@@ -155,7 +155,7 @@ def test_while_the_registry_is_away_nobody_goes() -> None:
 def test_who_is_held_gets_his_time_anew_when_the_registry_is_back() -> None:
     view = known(1, 2, 3)
     lose(view, [1], NOW)
-    view.away()
+    view.away(NOW)
     back = NOW + 10 * HELD
     view.connected(back)
     view.answered("clock", snapshot(2, 3), back)
@@ -163,6 +163,44 @@ def test_who_is_held_gets_his_time_anew_when_the_registry_is_back() -> None:
     assert nodes(view) == [1, 2, 3]
     view.settle(back + HELD)
     assert nodes(view) == [2, 3]
+
+
+@pytest.mark.parametrize(("gap", "held"), [(LEASE - 0.001, False), (LEASE, True)])
+def test_only_an_absence_of_a_lease_or_more_begins_the_time_of_who_is_held_anew(gap: float, held: bool) -> None:
+    view = known(1, 2, 3)
+    lose(view, [1, 2], NOW)
+    view.settle(NOW + SETTLED)
+    view.away(NOW + LEASE)
+    view.connected(NOW + LEASE + gap)
+    view.answered("clock", snapshot(3), NOW + LEASE + gap)
+    view.settle(NOW + HELD)
+    assert nodes(view) == ([1, 2, 3] if held else [3])
+    view.settle(NOW + LEASE + gap + HELD)
+    assert nodes(view) == [3]
+
+
+def test_the_dead_go_even_where_the_connection_breaks_again_and_again() -> None:
+    view, now = known(1, 2, 3), NOW
+    while now <= NOW + HELD + LEASE:
+        view.away(now)
+        view.connected(now + 0.1 * LEASE)
+        view.answered("clock", snapshot(2, 3), now + 0.1 * LEASE)
+        view.settle(now + 0.1 * LEASE)
+        now += LEASE / 2
+    assert nodes(view) == [2, 3]
+
+
+def test_a_registry_that_connects_and_tells_nothing_is_away_all_the_while() -> None:
+    view, now = known(1, 2), NOW
+    lose(view, [1, 2], NOW)
+    view.settle(NOW + SETTLED)
+    view.away(NOW + LEASE)
+    while now <= NOW + 2 * HELD:
+        view.connected(now + 0.1 * LEASE)
+        view.settle(now + 0.1 * LEASE)
+        view.away(now + 0.1 * LEASE)
+        now += LEASE / 2
+    assert nodes(view) == [1, 2], "whoever put himself back was not heard of"
 
 
 def test_who_comes_back_in_time_was_never_away() -> None:
@@ -236,7 +274,7 @@ def take(view: View, step: str, what: object, now: float) -> None:
     elif step == "remember":
         view.remember([record(what)])  # type: ignore[arg-type]
     elif step == "away":
-        view.away()
+        view.away(now)
     else:
         view.connected(now)
 
@@ -521,6 +559,30 @@ def in_child(work: Callable[[], object]) -> str:
         result = file.read()
     os.waitpid(pid, 0)
     return result
+
+
+def test_a_directory_that_may_not_be_searched_is_warned_of_and_no_more(tmp_path: Path) -> None:
+    directory = tmp_path / "closed" / "onehop"
+    directory.mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o000)
+
+    def use() -> object:
+        if ROOT:  # who may search everything
+            os.setuid(65_534)
+        warned: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda each: warned.append(each.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("onehop").addHandler(handler)
+        closed = cache(Settings(cache_directory=str(directory)))
+        known = closed.load("clock")
+        closed.save("clock", [record(1)])
+        return known, [each.split("cannot be ")[1] for each in warned]
+
+    try:
+        said = "{}, it goes on without: Permission denied"
+        assert in_child(use) == str(([], [said.format("read"), said.format("written")]))
+    finally:
+        (tmp_path / "closed").chmod(0o700)
 
 
 def test_a_full_disk_leaves_the_old_view_and_no_rubbish(settings: Settings) -> None:

@@ -313,6 +313,19 @@ def test_a_value_that_zookeeper_would_hang_up_on_is_refused(stores: Stores) -> N
         publisher.publish("n1", {"clock": b"x" * (LIMIT + 1)})
 
 
+def test_a_value_that_somebody_else_changed_is_put_again(stores: Stores) -> None:
+    publisher, _ = stores.connected()
+    publisher.publish("n1", {"clock": b"1", "compute": b"2"})
+    publisher.keep()
+    with client(stores.server) as other:
+        other.set(stores.path("compute", "n1"), b"not ours")
+        with pytest.raises(LeaseLost, match="not as we put it"):
+            publisher.keep()
+        publisher.publish("n1", {"clock": b"1", "compute": b"2"})
+        publisher.keep()
+        assert other.get(stores.path("compute", "n1"))[0] == b"2"
+
+
 # --- sessions ---
 
 

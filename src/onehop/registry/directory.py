@@ -2,11 +2,6 @@
 
 One process of a host holds the port. The others each keep a connection to it, which ends when it does, however that
 happens; then one of them takes the port.
-
-Messages are lines of JSON, each with a bounded length and a ``type``; an empty line is a sign of life, which the
-directory answers with another. A client says :class:`Hello` first, and hears :class:`Told` with all that it wants to
-know; from then on it hears of changes, and says what it wants besides (:class:`Want`) and who it is
-(:class:`Announce`, :class:`Withdraw`). Its record stands as long as its connection.
 """
 
 from __future__ import annotations
@@ -31,14 +26,28 @@ import msgspec
 from onehop.addresses import listening_address, resolve
 from onehop.errors import OnehopError
 from onehop.interfaces import Record
+from onehop.registry.directory_messages import (
+    VERSION,
+    Announce,
+    Hello,
+    Refusal,
+    Told,
+    Want,
+    Withdraw,
+    from_client,
+    from_directory,
+    line_of,
+    trimmed,
+    understood,
+)
 from onehop.registry.lines import ALIVE, Broken, Fault, Line, Loop
 from onehop.registry.local import RECORD_LIMIT, LocalRegistry, run_directory
 from onehop.settings import Settings, revise
 
-VERSION = 1
 HELLO_LIMIT = 64 * 1024  # bytes of a line from somebody unknown
 HANDSHAKE = 5.0  # seconds in which a connection has to be greeted
-LONGEST_LEASE = 3600.0  # seconds
+SHORTEST_LEASE, LONGEST_LEASE = 0.1, 3600.0  # seconds
+WANTS_LIMIT = 4096  # services that one client may want; who wants more wants all
 CONNECTIONS = 32_768  # at most; and half of the descriptors that this process may have
 _RETRY = 5.0  # seconds between two attempts to take a port that nobody of ours holds; at most, and fewer until
 _IN_VAIN = 8  # so many were in vain
@@ -48,86 +57,6 @@ _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 _ADVICE = "choose another port (the first of the setting ports, or in the registry's URL) on all hosts"
 
 _log = logging.getLogger(__name__)
-
-
-class Hello(msgspec.Struct, tag="hello", omit_defaults=True):
-    """Who connects: a node of ``realm`` that wants to know who offers ``services`` (``""``: any).
-
-    Without a realm it only waits for the end of the directory. ``lease`` is the silence, in seconds, after which
-    either end takes the other for gone.
-    """
-
-    version: int
-    host: str
-    lease: float
-    realm: str | None = None
-    services: tuple[str, ...] = ()
-
-
-class Want(msgspec.Struct, tag="want"):
-    """From now on tell who offers ``service`` too."""
-
-    service: str
-
-
-class Announce(msgspec.Struct, tag="announce"):
-    """The sender's record, in the place of the one before."""
-
-    record: Record
-
-
-class Withdraw(msgspec.Struct, tag="withdraw"):
-    """The sender takes its record back."""
-
-
-class Told(msgspec.Struct, tag="told", omit_defaults=True):
-    """What a directory knows: all of it at first, all of ``service`` in answer to :class:`Want`, else what changed.
-
-    ``here`` are nodes of its own host, of which it knows at first hand; ``announced`` those that said so themselves.
-    Of the nodes that are no longer there (or no longer offer what was wanted) ``withdrawn`` surely are not; of
-    ``lost`` ones the connection ended.
-    """
-
-    service: str | None = None
-    here: tuple[Record, ...] = ()
-    announced: tuple[Record, ...] = ()
-    withdrawn: tuple[str, ...] = ()
-    lost: tuple[str, ...] = ()
-
-
-class Refusal(msgspec.Struct, tag="refusal"):
-    """Why the directory ends the connection."""
-
-    reason: str
-
-
-_encode = msgspec.json.Encoder().encode
-_from_client = msgspec.json.Decoder(Hello | Want | Announce | Withdraw)
-from_directory = msgspec.json.Decoder(Told | Refusal)
-
-
-def line_of(message: msgspec.Struct) -> bytes:
-    """``message`` as it goes over the wire."""
-    return _encode(message) + b"\n"
-
-
-def trimmed(record: Record | None, services: Iterable[str]) -> Record | None:
-    """``record`` with those of its services alone that are wanted; None where there is none."""
-    if record is None or "" in services:
-        return record
-    offered = {name: servers for name, servers in record.services.items() if name in services}
-    if len(offered) == len(record.services):
-        return record if offered else None
-    idempotent = {name: methods for name, methods in record.idempotent.items() if name in offered}
-    return msgspec.structs.replace(record, services=offered, idempotent=idempotent) if offered else None
-
-
-def understood(decoder: msgspec.json.Decoder[Any], line: bytes) -> Any:
-    """The message in ``line``. Raises :class:`Broken` where it is none."""
-    try:
-        return decoder.decode(line)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise Fault(f"it sent no message of the directory's protocol: {error}") from error
 
 
 class _Client:
@@ -205,7 +134,8 @@ class _Realm:
     def snapshot(self, wants: frozenset[str]) -> bytes:
         """All that somebody with these wants has to know."""
         if wants not in self._snapshots:
-            self._snapshots[wants] = line_of(self._told(self._who_offers(wants), wants))
+            told = self._told(self._who_offers(wants), wants)
+            self._snapshots[wants] = line_of(msgspec.structs.replace(told, place=self._place()))
         return self._snapshots[wants]
 
     def answer(self, service: str, wants: frozenset[str]) -> bytes:
@@ -235,6 +165,13 @@ class _Realm:
 
     def close(self) -> None:
         self._registry.close()
+
+    def _place(self) -> str:
+        try:
+            found = self._registry.directory.stat()
+        except OSError:  # nobody is here
+            return ""
+        return f"{found.st_dev:x}-{found.st_ino:x}"  # its path may mean another one in another container
 
     def _see(self, records: Sequence[Record]) -> None:
         self._seen.append(records)
@@ -498,7 +435,7 @@ class Directory(Loop):
                     client.heard = now
                 for line in lines:
                     if line or not client.greeted:
-                        self._obey(client, understood(_from_client, line))
+                        self._obey(client, understood(from_client, line))
                 if b"" in lines:
                     client.line.send(ALIVE)
         except Broken as broken:
@@ -511,8 +448,7 @@ class Directory(Loop):
         elif realm is None:
             raise Fault(f"it says {type(message).__name__} where that has no place")
         elif isinstance(message, Want):
-            self._regroup(client, realm, client.wants | {message.service})
-            client.line.send(realm.answer(message.service, client.wants))
+            self._tell_too(client, realm, message.service)
         elif isinstance(message, Announce):
             node = message.record.node
             if len(node) != 32 or node.strip("0123456789abcdef"):
@@ -531,13 +467,28 @@ class Directory(Loop):
         else:
             raise Fault("it says Hello twice")
 
+    def _tell_too(self, client: _Client, realm: _Realm, service: str) -> None:
+        """From now on tell of ``service`` as well."""
+        if not client.wants.isdisjoint(("", service)):
+            client.line.send(line_of(Told(service=service)))  # all of it was told before
+        elif len(client.wants) < WANTS_LIMIT:
+            self._regroup(client, realm, client.wants | {service})
+            client.line.send(realm.answer(service, client.wants))
+        else:
+            fault = _too_many()
+            client.line.send(line_of(Refusal(str(fault))))
+            raise fault
+
     def _greet(self, client: _Client, hello: Hello) -> None:
         try:
             if hello.version != VERSION:
                 raise Fault(f"it speaks another version of the directory's protocol: {hello.version}, not {VERSION}")
-            if not 0.1 <= hello.lease <= LONGEST_LEASE:
-                raise Fault(f"its lease is none: {hello.lease} s; it must be 0.1 to {LONGEST_LEASE:.0f}")
-            realm = None if hello.realm is None else self._realm(hello.realm)
+            if not SHORTEST_LEASE <= hello.lease <= LONGEST_LEASE:
+                bounds = f"{SHORTEST_LEASE:g} to {LONGEST_LEASE:g}"
+                raise Fault(f"its lease is none: {hello.lease} s; it must be {bounds}")
+            if len(hello.services) > WANTS_LIMIT:
+                raise _too_many()
+            realm = None if hello.realm is None else self._realm(hello.realm or "default")
         except Fault as fault:
             client.line.send(line_of(Refusal(str(fault))))
             raise
@@ -621,6 +572,10 @@ class Directory(Loop):
         level = logging.DEBUG if self.refused[kind] else logging.WARNING
         _log.log(level, "the directory refused a connection: %s", why)
         self.refused[kind] += 1
+
+
+def _too_many() -> Fault:
+    return Fault(f"it wants more services than one may: {WANTS_LIMIT}; it must want all of them")
 
 
 def _listener(address: str, port: int) -> socket.socket:

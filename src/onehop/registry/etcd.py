@@ -173,8 +173,11 @@ class EtcdStore(Store):
         if revision + 1 < max(self._next.values(), default=0):
             raise StoreAway(f"{self._where} went back to revision {revision}: it lost its data")
         self._next[service] = revision + 1
-        self._open_stream()
         return {self._owner(each.key): each.value for each in found if each.value}
+
+    def followed(self) -> None:
+        if self._next and self._stream is None:
+            self._open_stream()
 
     def publish(self, node: str, values: Mapping[str, bytes]) -> None:
         ours = {f"{self._prefix(service)}{quoted(node)}".encode(): value for service, value in values.items()}
@@ -240,10 +243,7 @@ class EtcdStore(Store):
 
     def _owner(self, key: bytes) -> tuple[str, str]:
         service, _, node = key[len(self._root) :].decode(errors="replace").partition("/")
-        try:
-            return unquoted(service), unquoted(node)
-        except UnicodeDecodeError:  # it stands for no text, so it is none of ours
-            return service, node
+        return unquoted(service), unquoted(node)
 
     def _read(self, prefix: str) -> tuple[list[_KeyValue], int]:
         """Everything under ``prefix`` at one revision, and that revision."""

@@ -23,23 +23,20 @@ from typing import Any, NamedTuple
 import msgspec
 
 from onehop.addresses import listening_ports, resolve
-from onehop.errors import RegistryError
+from onehop.errors import RegistryError, SettingsError
 from onehop.interfaces import Deliver, Record, Registry
 from onehop.registry import urls
-from onehop.registry.directory import (
-    HANDSHAKE,
+from onehop.registry.directory import HANDSHAKE, LONGEST_LEASE, SHORTEST_LEASE, Directory, join, part
+from onehop.registry.directory_messages import (
     VERSION,
     Announce,
-    Directory,
     Hello,
     Refusal,
     Told,
     Want,
     Withdraw,
     from_directory,
-    join,
     line_of,
-    part,
     trimmed,
     understood,
 )
@@ -77,10 +74,13 @@ class HostsRegistry(Registry):
             when it changes.
 
     Raises:
-        SettingsError: the URL is wrong; says what would be right.
+        SettingsError: the URL or the lease is wrong; says what would be right.
     """
 
     def __init__(self, settings: Settings, url: str) -> None:
+        if not SHORTEST_LEASE <= settings.lease <= LONGEST_LEASE:
+            bounds = f"{SHORTEST_LEASE:g} to {LONGEST_LEASE:g} seconds"
+            raise SettingsError(f"lease is {settings.lease:g}; with the registry {url!r} it must be {bounds}")
         port = listening_ports(settings.ports)[0]
         self._settings, self._url = settings, url
         if url.lower().startswith("file:"):
@@ -194,6 +194,7 @@ class _Link:
         self.line: Line | None = None
         self.address: IPv4Address | IPv6Address | None = None
         self.is_own = False  # the directory of this host
+        self.place = ""  # of whom it says that they are here
         self.live = False  # it has told all that we want to know
         self.answered: set[str] = set()
         self.asked: set[str] = set()
@@ -515,7 +516,7 @@ class _Watcher(Loop):
         records = [(record, True) for record in told.here] + [(record, False) for record in told.announced]
         touched = {record.node for record, _ in records}
         if not link.live:
-            self._greeted(link, touched, now)
+            self._greeted(link, told.place, touched, now)
         for record, here in records:
             before = self._far.get(record.node)
             each = before if before == record else record  # one object for what several directories tell
@@ -531,15 +532,16 @@ class _Watcher(Loop):
                 link.answered.add(told.service)
             self._changed.notify_all()
 
-    def _greeted(self, link: _Link, listed: set[str], now: float) -> None:
+    def _greeted(self, link: _Link, place: str, listed: set[str], now: float) -> None:
         """It told all that it knows: whom it does not list any more is gone, or has yet to come back to it."""
-        away = now - link.broke
+        away, knows_here = now - link.broke, place == link.place
+        link.place = place
         link.live, link.tries, link.refused = True, 0, False
         if link.problem:
             _log.info("%s is back", link)
         link.problem = ""
         for node in link.known.keys() - listed:
-            if link.known[node].here:
+            if link.known[node].here and knows_here:
                 self._withdrawn(link, node, now)
                 self._settle([node])
             else:

@@ -26,6 +26,7 @@ from onehop.registry.view import CACHE_PERIOD, RECORD_LIMIT, Cache, View, node_p
 from onehop.settings import Settings
 
 FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0  # seconds before a registry that is away is tried again, at most; full jitter
+RETURN_DELAY = 1.0  # seconds, at least, over which those come back who lost their connections together
 PATIENCE = 2.0  # seconds for which announce and withdraw wait for a registry that does not answer
 CLOSE_PATIENCE = 1.0  # seconds for which close waits
 _CACHE_PATIENCE = 0.5  # seconds without an answer until the disk is asked
@@ -42,8 +43,11 @@ def quoted(text: str) -> str:
 
 
 def unquoted(part: str) -> str:
-    """The text that :func:`quoted` made ``part`` of. Any text has one; of what is not ours it says nothing."""
-    return unquote(part, errors="surrogatepass") if "%" in part else part
+    """The text that :func:`quoted` made ``part`` of; what stands for no text, and so is none of ours, as it is."""
+    try:
+        return unquote(part, errors="surrogatepass") if "%" in part else part
+    except UnicodeDecodeError:
+        return part
 
 
 class StoreAway(OSError):
@@ -91,7 +95,13 @@ class Store(Protocol):
 
         Without a gap: what happens after the moment of this answer is told, and nothing from before it. ``""`` stands
         for all services. Following what is followed already reads it once more.
+
+        Telling may begin as late as with :meth:`followed`, so that many services cost no more than one.
         """
+
+    def followed(self) -> None:
+        """All that is to be followed now is, and has to be told of; called again and again, mostly for nothing."""
+        return
 
     def publish(self, node: str, values: Mapping[str, bytes]) -> None:
         """Put our keys, under our lease: the value of each service that ``node`` offers.
@@ -459,6 +469,8 @@ class _Keeper:
                 self._followed.add(service)
                 self._answered.add(service)
             self._keep()
+        if self._store is not None:
+            self._store.followed()
 
     def _next_to_follow(self) -> str | None:
         wanted = {""} if "" in self._wanted else self._wanted
@@ -486,6 +498,7 @@ class _Keeper:
         """The connection does not hold, or there was none to be had: keep what is known, and try again later."""
         now = time.monotonic()
         with self._state:
+            spread = min(RETURN_DELAY, self._lease) if self._told is not None else 0.0
             new = self._away_since is None or (refusal is not None and str(refusal) != self._away_why)
             self._rest_until = 0.0
             self._apply()  # what was told before the end counts: else nobody would go where each try ends early
@@ -493,7 +506,7 @@ class _Keeper:
             self.view.away(now)
             self._away_since = self._away_since or now
             self._away_why, self._refusal = why, refusal
-            self._connect_at = now + random.uniform(0.0, self._delay)
+            self._connect_at = now + random.uniform(0.0, max(spread, self._delay))
             # Not longer than a lease: others hold us for no more than a few of them.
             self._delay = min(2 * self._delay, LONGEST_DELAY, self._lease)
             if new:

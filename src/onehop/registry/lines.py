@@ -77,7 +77,7 @@ class Line:
 
     def send(self, data: bytes) -> None:
         """Send it as soon as it goes. Raises :class:`Broken`, also for a reader that is too slow."""
-        if self._out and self._waiting - len(self._out[0]) > BACKLOG_LIMIT:
+        if self._waiting > BACKLOG_LIMIT and self._waiting - max(map(len, self._out)) > BACKLOG_LIMIT:
             raise Fault(f"it reads too slowly: {self._waiting} bytes wait for it")
         self._out.append(memoryview(data))
         self._waiting += len(data)

@@ -1,23 +1,17 @@
 """The registry on Redis or Valkey (5 or later), alone, with replicas, or behind Sentinels; not on a cluster.
 
-The keys of a realm, each part quoted::
-
-    onehop:<realm>:record:<service>:<node id>   the record, behind a number that grows; lives for a lease
-    onehop:<realm>:nodes:<service>              sorted set of node ids, by the time at which their leases end
-    onehop:<realm>:count:<service>              grows by one with each change of the service
-    onehop:<realm>:services                     sorted set of services, by the time until which each is worth a look
-
-and the channels ``onehop:<realm>:<database>:change:<service>``. Subscriptions lose messages in silence. So each message
-carries the count, who follows compares the count now and then, and reads a service anew where one is missing: in the
-ordinary case that costs a small question a service, however many offer it. Redis does not tell of keys that expire
+Its keys stand in ``redis_commands.py``. Subscriptions lose messages in silence. So each message carries the count of
+its service's changes, who follows compares the count now and then, and reads a service anew where one is missing: in
+the ordinary case that costs a small question a service, however many offer it. Redis does not tell of keys that expire
 either: whoever renews or asks also removes those whose time has come, and that is a change like others.
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +19,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from onehop.errors import OnehopError, RegistryError, SettingsError
-from onehop.registry.leased import LeasedRegistry, LeaseLost, Store, StoreAway, Tell, quoted, unquoted
+from onehop.registry.leased import LeasedRegistry, LeaseLost, Store, StoreAway, Tell
+from onehop.registry.redis_commands import SCRIPTS, Command, Keys, Value, service_named
 from onehop.registry.urls import Place, parse
 from onehop.settings import Settings
 
@@ -38,10 +33,10 @@ except ImportError as error:
 
 PORT, SENTINEL_PORT = 6379, 26379
 OPTIONS = ("db", "sentinel", "tls", "ca", "cert", "key")
-KEPT_LEASES = 10  # leases for which what is common to a service's records stays behind the last of them
 _SOON, _LATE, _MANY = 0.1, 0.33, 100  # leases between two questions: with few nodes, at most; nodes that double it
 
-_Value = bytes | int | str
+_log = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
 
 
@@ -72,190 +67,6 @@ def _check(place: Place) -> None:
         raise SettingsError(f"registry is {place.shown!r}: {without[0]} has a meaning with tls=1 only; add that")
     if options.get("sentinel") == "":
         raise SettingsError(f"registry is {place.shown!r}: sentinel is empty; it must be the name of a primary")
-
-
-# --- what the server does in one step ---
-
-_COMMON = """
-local record, nodes, count, services = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local channel, lease, kept = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-
-local function text(number)  -- Lua itself writes 14 digits only
-    return string.format('%.0f', number)
-end
-
-local function begin_count()
-    -- A count that was lost goes on far beyond where it was, so that nobody takes it for the same.
-    redis.call('SET', count, text(time[1] * 1000000 + time[2]), 'NX')
-    redis.call('PEXPIRE', count, kept)
-end
-
-local function changed(what, node, value)
-    begin_count()
-    local number = redis.call('INCR', count)
-    redis.call('PUBLISH', channel, text(number) .. ' ' .. what .. ' ' .. node .. ' ' .. value)
-end
-
-local function number_of(value)
-    return value and tonumber(string.match(value, '^(%d+) '))
-end
-
-local function current()
-    local value = redis.pcall('GET', record)
-    return type(value) == 'string' and value or false  -- somebody else's list is as good as nothing
-end
-
-local function live(service, node)
-    local new = redis.call('ZADD', nodes, now + lease, node) == 1
-    if new or redis.call('PTTL', nodes) < kept / 2 then  -- what all have in common, one of them now and then
-        redis.call('PEXPIRE', nodes, kept)
-        redis.call('PEXPIRE', count, kept)
-        redis.call('ZADD', services, now + kept, service)
-        redis.call('ZREMRANGEBYSCORE', services, '-inf', now)
-        redis.call('PEXPIRE', services, kept)
-    end
-    return new
-end
-
-local function reap(prefix)
-    for _, node in ipairs(redis.call('ZRANGEBYSCORE', nodes, '-inf', now, 'LIMIT', 0, 1000)) do
-        local left = redis.call('PTTL', prefix .. node)
-        if left == -2 then
-            redis.call('ZREM', nodes, node)
-            changed('expired', node, '')
-        else
-            redis.call('ZADD', nodes, now + math.max(left, lease), node)
-        end
-    end
-end
-"""
-
-# KEYS: as named above. ARGV: channel, milliseconds of a lease, milliseconds for which the common keys stay, and then
-# what each script names.
-_PUT = """
-local service, node, number, value = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
-local before = current()
-local before_number = number_of(before)
-if before_number and before_number > tonumber(number) then
-    return 0  -- this was on its way for long, and was overtaken
-end
-redis.call('PEXPIRE', record, lease)  -- whoever has written may write on where no memory is left
-redis.call('SET', record, number .. ' ' .. value, 'PX', lease)
-local new = live(service, node)
-if new or not before_number or string.sub(before, string.find(before, ' ') + 1) ~= value then
-    changed('put', node, value)
-end
-return 1
-"""
-_REMOVE = """
-local node, number = ARGV[4], ARGV[5]
-local before_number = number_of(current())
-if before_number and before_number > tonumber(number) then
-    return 0  -- as above: a late removal does not take away a newer record
-end
-if redis.call('DEL', record) + redis.call('ZREM', nodes, node) > 0 then
-    changed('withdrawn', node, '')
-end
-return 1
-"""
-_RENEW = """
-local service, node, number, prefix = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
-local value = current()
-if number_of(value) ~= tonumber(number) then
-    return 0
-end
-redis.call('PEXPIRE', record, lease)
-if live(service, node) then
-    changed('put', node, string.sub(value, string.find(value, ' ') + 1))
-end
-reap(prefix)
-return 1
-"""
-_ASK = """
-reap(ARGV[4])
-return redis.call('GET', count) or '0'
-"""
-_READ = """
-begin_count()  -- so that the first change is the next one for whoever has read before it
-local prefix, answer = ARGV[4], {redis.call('GET', count)}
-local all = redis.call('ZRANGE', nodes, 0, -1)
-for first = 1, #all, 1000 do
-    local keys = {}
-    for each = first, math.min(first + 999, #all) do
-        keys[#keys + 1] = prefix .. all[each]
-    end
-    for each, value in ipairs(redis.call('MGET', unpack(keys))) do
-        if value then
-            answer[#answer + 1] = all[first + each - 1]
-            answer[#answer + 1] = value
-        end
-    end
-end
-return answer
-"""
-
-
-class _Script:
-    def __init__(self, body: str) -> None:
-        self.source = (_COMMON + body).encode()
-        self.name = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
-
-
-_put, _remove, _renew, _ask, _read = _SCRIPTS = [_Script(each) for each in (_PUT, _REMOVE, _RENEW, _ASK, _READ)]
-
-
-Command = tuple[_Value, ...]
-
-
-class _Keys:
-    """The names of one realm's keys, and the calls of the scripts with them."""
-
-    def __init__(self, settings: Settings, database: int) -> None:
-        self._realm = f"onehop:{quoted(settings.realm or 'default')}"
-        self._lease = round(settings.lease * 1000)
-        self.services = f"{self._realm}:services"
-        self._changes = f"{self._realm}:{database}:change:"
-
-    def channel(self, service: str) -> str:
-        return self._changes + quoted(service)
-
-    def subscription(self, service: str) -> tuple[str, str]:
-        """The command, and what it subscribes to: all services where the name is empty."""
-        return ("SUBSCRIBE", self.channel(service)) if service else ("PSUBSCRIBE", self._changes + "*")
-
-    def service(self, channel: bytes) -> str:
-        return unquoted(channel.decode("ascii", "replace").removeprefix(self._changes))
-
-    def prefix(self, service: str) -> str:
-        return f"{self._realm}:record:{quoted(service)}:"
-
-    def put(self, service: str, node: str, number: int, value: bytes) -> Command:
-        return self._call(_put, service, node, quoted(service), node, number, value)
-
-    def remove(self, service: str, node: str, number: int) -> Command:
-        return self._call(_remove, service, node, node, number)
-
-    def renew(self, service: str, node: str, number: int) -> Command:
-        return self._call(_renew, service, node, quoted(service), node, number, self.prefix(service))
-
-    def ask(self, service: str) -> Command:
-        return self._call(_ask, service, "", self.prefix(service))
-
-    def read(self, service: str) -> Command:
-        return self._call(_read, service, "", self.prefix(service))
-
-    def _call(self, script: _Script, service: str, node: str, *arguments: _Value) -> Command:
-        part = quoted(service)
-        keys = (
-            self.prefix(service) + node,
-            f"{self._realm}:nodes:{part}",
-            f"{self._realm}:count:{part}",
-            self.services,
-        )
-        common = (self.channel(service), self._lease, KEPT_LEASES * self._lease)
-        return ("EVALSHA", script.name, len(keys), *keys, *common, *arguments)
 
 
 # --- connections ---
@@ -305,12 +116,18 @@ class _Connection:
         self._asking = threading.Lock()
         self._closed = False
         options = place.options
+        probe = max(1, int(patience * 2 / 3))  # seconds: with two of them in vain a subscription is known to be cut
         arguments: dict[str, Any] = {
             "host": host,
             "port": port,
             "socket_timeout": patience,
             "socket_connect_timeout": patience,
             "socket_keepalive": True,
+            "socket_keepalive_options": {
+                socket.TCP_KEEPIDLE: probe,
+                socket.TCP_KEEPINTVL: probe,
+                socket.TCP_KEEPCNT: 2,
+            },
             "retry": Retry(NoBackoff(), 0),  # whoever calls has a way of his own
             "protocol": 2,
             "db": 0 if sentinel else int(options.get("db", "0")),
@@ -348,7 +165,7 @@ class _Connection:
         except redis.ResponseError as error:
             return error  # the answers behind it are still to be read
 
-    def send(self, *command: _Value) -> None:
+    def send(self, *command: Value) -> None:
         """Without waiting for an answer: another thread hears it, and closes the connection."""
         with self._asking:
             if self._closed:
@@ -409,7 +226,7 @@ class _Listener:
     """
 
     def __init__(
-        self, keys: _Keys, tell: Tell, questions: _Connection, subscription: _Connection, period: Callable[[int], float]
+        self, keys: Keys, tell: Tell, questions: _Connection, subscription: _Connection, period: Callable[[int], float]
     ) -> None:
         self._keys, self._tell, self._period = keys, tell, period
         self._questions, self._subscription = questions, subscription
@@ -453,15 +270,27 @@ class _Listener:
 
     def _services(self) -> list[str]:
         (parts,) = self._questions.ask(("ZRANGE", self._keys.services, 0, -1))
-        return [unquoted(each.decode("ascii", "replace")) for each in parts]
+        return [service for each in parts if (service := service_named(each)) is not None]
 
     def _read(self, service: str) -> dict[tuple[str, str], bytes]:
         ((count, *flat),) = self._questions.ask(self._keys.read(service))
+        if len(flat) == 1:
+            self._warn(flat.pop().decode(errors="replace"))
         nodes = [each.decode("utf-8", "replace") for each in flat[::2]]
         self._counts[service] = int(count)
         self._behind.pop(service, None)
         self._nodes[service] = set(nodes)
         return {(service, node): _record(value) for node, value in zip(nodes, flat[1::2], strict=True)}
+
+    def _warn(self, key: str) -> None:
+        if key not in self._keys.strange:
+            self._keys.strange.add(key)
+            _log.warning(
+                "the Redis server %s holds something else under the key %s, which has to be removed: "
+                "until then nobody is seen to offer that service",
+                self._questions.server,
+                key,
+            )
 
     def _run(self) -> None:
         ask_at = 0.0
@@ -495,7 +324,9 @@ class _Listener:
                 self._subscribed.add(channel.decode("utf-8", "replace"))
                 self._changed.notify_all()
         elif kind in (b"message", b"pmessage"):
-            self._take(self._keys.service(channel), data)
+            service = self._keys.service(channel)
+            if service is not None:
+                self._take(service, data)
 
     def _take(self, service: str, data: bytes) -> None:
         """One change; where it is not the next one, or none of ours, something was missed."""
@@ -558,7 +389,7 @@ class RedisStore(Store):
     def __init__(self, settings: Settings, place: Place) -> None:
         self._place, self._lease = place, settings.lease
         self._patience = max(1.0, settings.lease / 2)
-        self._keys = _Keys(settings, int(place.options.get("db", "0")))
+        self._keys = Keys(settings, int(place.options.get("db", "0")))
         self._tell: Tell
         self._connection: _Connection | None = None
         self._listener: _Listener | None = None
@@ -611,7 +442,7 @@ class RedisStore(Store):
     def _primary(self, server: tuple[str, int]) -> _Connection:
         connection = _Connection(self._place, server, self._patience)
         try:
-            role, *_ = connection.ask(("ROLE",), *(("SCRIPT", "LOAD", each.source) for each in _SCRIPTS))
+            role, *_ = connection.ask(("ROLE",), *(("SCRIPT", "LOAD", each.source) for each in SCRIPTS))
             if role[0] != b"master":
                 raise StoreAway(f"the Redis server {connection.server} is a read-only replica, and no primary")
         except BaseException:

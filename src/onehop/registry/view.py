@@ -45,7 +45,8 @@ class View:
     - at once, or rather ``SETTLE`` leases later, if the connection has been continuous for ``HOLD`` leases, and those
       doubted within a lease are fewer than half of all: a single death;
     - otherwise ``HOLD`` leases later, if he has not come back by then: the database was restarted, or wiped, or cut
-      off, and the living need time to return. While it is away nobody goes.
+      off, and the living need time to return. While it is away nobody goes. The time begins anew when it comes back,
+      unless it was away for less than a lease: then a connection that breaks again and again would keep the dead.
 
     Args:
         lease: the length of a lease, in seconds.
@@ -59,7 +60,7 @@ class View:
         self._lease = lease
         self._skipped: dict[Key, str] = {}
         self._continuous_since: float | None = None
-        self._away_at: float | None = None
+        self._away_at: float | None = None  # since when nothing was heard of it
         self._hold_since = 0.0
         # By node: a record for each of its services, the newest last. A tuple, since most nodes have one.
         self._nodes: dict[str, tuple[Record, ...]] = {}
@@ -73,13 +74,12 @@ class View:
     def connected(self, now: float) -> None:
         """From now on the registry tells of all changes, but what happened before may have been missed."""
         if self._away_at is None or now - self._away_at >= self._lease:
-            self._hold_since = now
-        self._continuous_since, self._away_at = now, None
+            self._hold_since = now  # everybody gets his time anew
+        self._continuous_since = now
 
     def away(self, now: float) -> None:
         """The registry tells nothing any more: who is missing now may have been put back unseen."""
-        if self._continuous_since is not None:
-            self._away_at = now
+        self._away_at = now if self._away_at is None else self._away_at
         self._continuous_since = None
         self._doubts = {key: doubt._replace(held=True) for key, doubt in self._doubts.items()}
 
@@ -108,6 +108,7 @@ class View:
 
     def answered(self, service: str, values: Mapping[Key, bytes], now: float) -> None:
         """These are all values of ``service`` (of all services where it is empty)."""
+        self._away_at = None  # and not before: who connects and hears nothing is away still
         for key, value in values.items():
             self.put(*key, value, now)
         missing = [key for key in self._keys(service) if key not in values]
@@ -172,9 +173,7 @@ class View:
     def _deadline(self, doubt: _Doubt, since: float) -> float:
         if not doubt.held:
             return doubt.since + SETTLE * self._lease
-        return (
-            max(doubt.since, self._hold_since) + HOLD * self._lease
-        )  # after an interruption everybody gets his time anew
+        return max(doubt.since, self._hold_since) + HOLD * self._lease
 
     def _is_mass(self) -> bool:
         known = sum(map(len, self._nodes.values()))
@@ -330,7 +329,7 @@ class Cache:
             wrong = next((each for each in records if node_problem(each.node) or len(each.services) != 1), None)
             if wrong is not None:
                 raise ValueError(f"it holds what is no record of one service: {wrong}")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             self._warn("read", path, error)

@@ -20,7 +20,7 @@ from kazoo.handlers.threading import KazooTimeoutError
 from kazoo.protocol import serialization as jute
 
 from onehop.errors import RegistryError, SettingsError
-from onehop.registry.leased import LeasedRegistry, LeaseLost, StoreAway, Tell, quoted, unquoted
+from onehop.registry.leased import LeasedRegistry, LeaseLost, Store, StoreAway, Tell, quoted, unquoted
 from onehop.registry.urls import Place, parse
 from onehop.registry.zookeeper_connection import AT_ONCE, PATIENCE, Connection, Found, Reads, Watch
 from onehop.settings import Settings
@@ -49,8 +49,8 @@ def open_registry(settings: Settings, url: str) -> LeasedRegistry:
     return LeasedRegistry(settings, place, lambda: ZooKeeperStore(settings, place))
 
 
-class ZooKeeperStore:
-    """One node's session; a :class:`onehop.registry.leased.Store`."""
+class ZooKeeperStore(Store):
+    """One node's session, as :class:`Store` promises it."""
 
     def __init__(self, settings: Settings, place: Place) -> None:
         self._place, self._lease = place, settings.lease
@@ -61,12 +61,12 @@ class ZooKeeperStore:
         self._session: tuple[int, bytes] | None = None
         self._sessions: set[int] = set()  # that we ever had
         self._ours: set[str] = set()  # what we may have put and not taken back, in whichever of them
-        self._kept: list[str] = []  # what we have put over this connection
+        self._kept: dict[str, bytes] = {}  # what we have put over this connection
         self._warned = False
 
     def connect(self, tell: Tell) -> None:
         self._drop(leave_session=True)
-        self._kept = []
+        self._kept = {}
         self._feed = _Feed(self._top, tell)
         connection = Connection(self._place, self._lease, self._session, self._feed.heard, self._feed.end)
         self._connection = self._feed.connection = connection
@@ -113,7 +113,7 @@ class ZooKeeperStore:
                 changes += [jute.Transaction(each) for each in steps if each]
                 if connection.change(changes):
                     self._ours &= wanted.keys()
-                    self._kept = list(wanted)
+                    self._kept = wanted
                     return
         raise StoreAway(f"somebody else changes our keys below {self._top} of {self._place.shown} at the same time")
 
@@ -124,9 +124,9 @@ class ZooKeeperStore:
     def keep(self) -> None:
         connection = self._connected()
         with self._explained():
-            for path, found in zip(self._kept, connection.read(self._kept), strict=True):
-                if found is None or found.session != connection.session[0]:
-                    raise LeaseLost(f"{path} is no longer ours at {connection.server}")
+            for (path, value), found in zip(self._kept.items(), connection.read(list(self._kept)), strict=True):
+                if found is None or found.session != connection.session[0] or found.value != value:
+                    raise LeaseLost(f"{path} is no longer ours, or not as we put it, at {connection.server}")
 
     def close(self) -> None:
         self._drop(leave_session=False)
@@ -276,7 +276,7 @@ class _Feed:
 
     def _key(self, path: str) -> tuple[str, str] | None:
         parts = path.removeprefix(f"{self._top}/").split("/")
-        return (_name(parts[0]), _name(parts[1])) if len(parts) == 2 else None
+        return (unquoted(parts[0]), unquoted(parts[1])) if len(parts) == 2 else None
 
     def _read(self) -> None:
         with self._lock:
@@ -315,10 +315,3 @@ class _Feed:
                 snapshot.done.set()
         elif self._tell is not None:
             self._tell.changed(*key, found.value if found else None, withdrawn=withdrawn and found is None)
-
-
-def _name(part: str) -> str:
-    try:
-        return unquoted(part)
-    except ValueError:  # none of ours
-        return part
