@@ -133,6 +133,7 @@ for line in sys.stdin:
 CALLERS = """
 # so many nodes, each of which calls a service about once a second; says when each was answered first after a line
 service, count = sys.argv[1], int(sys.argv[2])
+sys.setswitchinterval(0.05)  # so many nodes wait for one interpreter; as processes they would not
 since = [float("inf")]
 first = {}
 
@@ -443,7 +444,10 @@ CONNECTIONS = """
 node = onehop.Node()
 node.wait_for(sys.argv[1], timeout=30.0)
 for line in sys.stdin:
-    say(connections=node.call(sys.argv[1], "connections"))
+    try:
+        say(connections=node.call(sys.argv[1], "connections"))
+    except onehop.CallError:  # it is busy with those who come
+        say(connections=0)
 """
 
 

@@ -135,7 +135,9 @@ class _Realm:
         """All that somebody with these wants has to know."""
         if wants not in self._snapshots:
             told = self._told(self._who_offers(wants), wants)
-            self._snapshots[wants] = line_of(msgspec.structs.replace(told, place=self._place()))
+            self._snapshots[wants] = line_of(
+                msgspec.structs.replace(told, place=self._place(), crowd=len(self._announced))
+            )
         return self._snapshots[wants]
 
     def answer(self, service: str, wants: frozenset[str]) -> bytes:

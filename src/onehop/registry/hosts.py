@@ -49,6 +49,7 @@ from onehop.settings import Settings
 ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of one line from a directory
 FIRST_RETRIES, LONGEST_RETRY = 5, 5.0  # so many in the second of a takeover; then after up to so many seconds
 PATIENCE = 0.5  # seconds for an answer from all, where some have answered
+RETURNS_A_SECOND = 200  # nodes that come back to a directory after it ended
 REFUSED = 0.7  # seconds after which a host that still refuses has nobody left to take its port over
 GRACE = 2.0  # seconds, at least, for those who told a directory of themselves to tell its successor
 TOGETHER = 1.0  # seconds within which all directories hear of one event
@@ -195,6 +196,7 @@ class _Link:
         self.address: IPv4Address | IPv6Address | None = None
         self.is_own = False  # the directory of this host
         self.place = ""  # of whom it says that they are here
+        self.crowd = 0  # how many it had connected when we came
         self.live = False  # it has told all that we want to know
         self.answered: set[str] = set()
         self.asked: set[str] = set()
@@ -502,7 +504,8 @@ class _Watcher(Loop):
         link.refused = broken.refused
         link.tries += 1
         if link.tries <= FIRST_RETRIES:
-            delay = link.tries * random.uniform(0.02, 0.1)
+            # Who came late returns late, so that those who lost it together are no storm for its successor.
+            delay = link.tries * (random.uniform(0.02, 0.1) + random.uniform(0.5, 1.5) * link.crowd / RETURNS_A_SECOND)
         else:
             delay = random.uniform(0.1, min(LONGEST_RETRY, 0.3 * 2.0 ** min(link.tries - FIRST_RETRIES, 10)))
         link.retry_at = now + delay
@@ -517,6 +520,7 @@ class _Watcher(Loop):
         touched = {record.node for record, _ in records}
         if not link.live:
             self._greeted(link, told.place, touched, now)
+            link.crowd = told.crowd
         for record, here in records:
             before = self._far.get(record.node)
             each = before if before == record else record  # one object for what several directories tell
