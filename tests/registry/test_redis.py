@@ -158,7 +158,10 @@ def test_a_missing_permission_is_said_at_once(server: Redis, opened: Callable[..
 
 
 def test_a_cluster_is_refused_with_what_to_use_instead(opened: Callable[..., LeasedRegistry]) -> None:
-    with Redis("--cluster-enabled", "yes") as server, pytest.raises(RegistryError, match="cluster") as caught:
+    with (
+        Redis("--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server,
+        pytest.raises(RegistryError, match="cluster") as caught,
+    ):
         opened(server.url()).announce(record(1))
     assert "sentinel=NAME" in str(caught.value)
 

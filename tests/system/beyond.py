@@ -318,7 +318,7 @@ def death(hosts: Hosts, registry: Registry, *, power: bool) -> dict[str, Any]:
         hosts.power_off(hosts[1])
     else:
         died = first.kill()
-    time.sleep(12.0 if power else 4.0)
+    time.sleep(9.0 if power else 3.0)
     results = load.ask()["results"]
     after = [each for each in results if each[1] > died]
     suffered = [each for each in after if each[2] != "ok" or each[1] - each[0] > 0.5]
@@ -360,8 +360,13 @@ say(reached=reached, wrong=[each for each in client.call("ran") if each != "new"
 """
 
 
-def outage(hosts: Hosts, registry: Registry, seconds: float) -> dict[str, Any]:
-    """The registry is stopped under 500 calls a second between known peers, and comes back without its data."""
+def outage(hosts: Hosts, registry: Registry, seconds: float, after: float = 20.0) -> dict[str, Any]:
+    """The registry is stopped under 500 calls a second between known peers, and comes back without its data.
+
+    Args:
+        seconds: how long it is away.
+        after: how long the load goes on when it is back.
+    """
     servers = [Program(host, registry.url, SERVER, host.name, "echo") for host in hosts[1:3]]
     for each in servers:
         each.hear()
@@ -371,15 +376,15 @@ def outage(hosts: Hosts, registry: Registry, seconds: float) -> dict[str, Any]:
     idle.hear()
     time.sleep(3.0)
     registry.stop()
-    before = idle.ask()
+    first = idle.ask()
     time.sleep(seconds)
-    after = idle.ask()
+    last = idle.ask()
     registry.wipe()
     back = time.monotonic()
     fresh = Program(hosts[3], registry.url, IDLE, "echo", cache_directory="none", ready_timeout="60")
     fresh.hear()
     listed = wait_until(lambda: fresh.ask()["servers"] == 2, 30.0) - back
-    time.sleep(max(0.0, 20.0 - (time.monotonic() - back)))
+    time.sleep(max(0.0, after - (time.monotonic() - back)))
     kept = idle.ask()["servers"]
     results = load.ask()["results"]
     return {
@@ -387,10 +392,10 @@ def outage(hosts: Hosts, registry: Registry, seconds: float) -> dict[str, Any]:
         "outcomes": dict(Counter(each[2] for each in results)),
         "errors": sorted({each[3] for each in results if each[2] != "ok"})[:3],
         "slowest call": max(each[1] - each[0] for each in results),
-        "idle CPU, % of a processor": 100 * (after["cpu"] - before["cpu"]) / (after["at"] - before["at"]),
-        "servers known while it was away": after["servers"],
+        "idle CPU, % of a processor": 100 * (last["cpu"] - first["cpu"]) / (last["at"] - first["at"]),
+        "servers known while it was away": last["servers"],
         "all listed again after": listed,
-        "servers known 20 s later": kept,
+        "servers known after that": kept,
     }
 
 
