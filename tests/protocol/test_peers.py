@@ -370,3 +370,14 @@ def test_a_connection_that_ends_leaves_no_peer_connected_whatever_its_state(stat
     peers, peer = in_state(state)
     assert peers.event(peer, event)
     assert peer.state in (states.RESTING, states.GONE)
+
+
+def test_who_was_lost_is_left_alone_when_his_successor_is_there() -> None:
+    peers = table(1)
+    old = only(peers)
+    lose(peers, old, 1_000)
+    assert old.rested_at < 10.0
+    peers.learn([record(1), record(2)], now=1.0)
+    assert old.rested_at == 1.0 + states.REPLACED_PAUSE
+    peers.learn([record(1), record(2), record(3, services={"lock": ("b",)})], now=2.0)
+    assert old.rested_at == 1.0 + states.REPLACED_PAUSE

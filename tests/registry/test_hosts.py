@@ -567,6 +567,7 @@ def test_only_what_is_wanted_is_told(site: Site) -> None:
     first = json.loads(told.readline())
     assert first.pop("place")
     assert first == {"type": "told"}
+    assert json.loads(told.readline())["crowd"] >= 1
     other = site.open(1)
     other.announce(record(11, services={"compute": ("a",), "volume": ("a",)}))
     other.announce(record(11, services={"compute": ("a",), "clock": ("b",)}))
@@ -712,7 +713,7 @@ def test_a_client_may_want_so_many_services_and_no_more(site: Site) -> None:
     connection = site.connect(1)
     told = connection.makefile("rb")
     connection.sendall(hello("", services=[str(each) for each in range(WANTS_LIMIT - 1)]) + wants("clock"))
-    told.readline()
+    told.readline(), told.readline()
     assert [each["node"] for each in json.loads(told.readline())["here"]] == [record(11).node]
     connection.sendall(wants("clock", "another"))
     assert json.loads(told.readline()) == {"type": "told", "service": "clock"}
@@ -726,6 +727,7 @@ def test_who_wants_all_has_been_told_of_each(site: Site) -> None:
     told = connection.makefile("rb")
     connection.sendall(hello("", services=[""]) + wants("clock"))
     assert "here" in json.loads(told.readline())
+    assert "crowd" in json.loads(told.readline())
     assert json.loads(told.readline()) == {"type": "told", "service": "clock"}
 
 

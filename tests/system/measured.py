@@ -105,7 +105,7 @@ TABLES = (
     ),
     Table(
         "A host loses power",
-        "The same, and nobody closes a connection. 12 s later the host is back with another address, and a server of "
+        "The same, and nobody closes a connection. 9 s later the host is back with another address, and a server of "
         "the same name.",
         "power lost", "power lost",
         death(

@@ -142,7 +142,8 @@ class PeerTable:
         self.away: dict[bytes, Peer] = {}  # known, and no routes: they rest, or are tried again
         self.random = random
         self._highest = 0
-        self._lost: dict[tuple[str, str], tuple[float, float]] = {}  # what was lost: until when it counts, our turn
+        # Service and server that were lost: until when that counts, our turn, and the peer.
+        self._lost: dict[tuple[str, str], tuple[float, float, Peer]] = {}
         self._view: dict[str, RecordLike] = {}
 
     def learn(self, records: Iterable[RecordLike], now: float = 0.0) -> list[Peer]:
@@ -195,7 +196,10 @@ class PeerTable:
             return
         names = [(service, server) for service, servers in record.services.items() for server in servers]
         lost = [self._lost[name] for name in names if name in self._lost]
-        turn = max((turn for until, turn in lost if until > now), default=0.0)
+        for _, _, old in lost:  # its address is tried no more while it is listed still: half of the attempts would be
+            if old.state == RESTING:
+                old.rested_at = max(old.rested_at, now + REPLACED_PAUSE)
+        turn = max((turn for until, turn, _ in lost if until > now), default=0.0)
         if turn >= SHORTEST_TURN:
             peer.rested_at = now + turn
             self.event(peer, HELD_BACK, now)
@@ -252,7 +256,7 @@ class PeerTable:
         """If we are connected to ``peer``: who comes under its names soon is the same server, started anew."""
         if peer.state in (READY, DRAINING) and peer.turn and peer.record is not None:
             for service, servers in peer.record.services.items():
-                self._lost |= {(service, server): (now + HEIRS_AFTER, peer.turn) for server in servers}
+                self._lost |= {(service, server): (now + HEIRS_AFTER, peer.turn, peer) for server in servers}
 
     def _lose(self, peer: Peer, was_ready: bool, now: float) -> None:
         """Say when ``peer`` may be tried again: those who lost it together must not return together.

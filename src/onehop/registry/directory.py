@@ -135,9 +135,7 @@ class _Realm:
         """All that somebody with these wants has to know."""
         if wants not in self._snapshots:
             told = self._told(self._who_offers(wants), wants)
-            self._snapshots[wants] = line_of(
-                msgspec.structs.replace(told, place=self._place(), crowd=len(self._announced))
-            )
+            self._snapshots[wants] = line_of(msgspec.structs.replace(told, place=self._place()))
         return self._snapshots[wants]
 
     def answer(self, service: str, wants: frozenset[str]) -> bytes:
@@ -499,6 +497,7 @@ class Directory(Loop):
         if realm is not None:
             self._regroup(client, realm, frozenset(hello.services))
         client.line.send(realm.snapshot(client.wants) if realm is not None else line_of(Told()))
+        client.line.send(line_of(Told(crowd=len(self._clients))))  # apart: the snapshot is the same for many
 
     def _realm(self, name: str) -> _Realm:
         if name not in self._realms:

@@ -53,7 +53,7 @@ class Told(msgspec.Struct, tag="told", omit_defaults=True):
     """What a directory knows: all of it at first, what was not told of ``service`` after :class:`Want`, then changes.
 
     ``place`` is said at first: a host may have several run directories, and who is ``here`` is in this one.
-    ``crowd``, said at first too, is how many nodes of other hosts are connected: so they need not all return at once.
+    ``crowd``, said once, is how many are connected, this one included: so they need not all return at once.
     ``here`` are nodes of its own host, of which it knows at first hand; ``announced`` those that said so themselves.
     Of the nodes that are no longer there (or no longer offer what was wanted) ``withdrawn`` surely are not; of
     ``lost`` ones the connection ended.

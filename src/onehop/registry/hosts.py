@@ -520,7 +520,7 @@ class _Watcher(Loop):
         touched = {record.node for record, _ in records}
         if not link.live:
             self._greeted(link, told.place, touched, now)
-            link.crowd = told.crowd
+        link.crowd = told.crowd or link.crowd
         for record, here in records:
             before = self._far.get(record.node)
             each = before if before == record else record  # one object for what several directories tell
