@@ -713,12 +713,17 @@ def test_a_client_may_want_so_many_services_and_no_more(site: Site) -> None:
     connection = site.connect(1)
     told = connection.makefile("rb")
     connection.sendall(hello("", services=[str(each) for each in range(WANTS_LIMIT - 1)]) + wants("clock"))
-    while (answer := json.loads(told.readline())).get("service") != "clock":
-        assert answer["type"] == "told"
-    assert [each["node"] for each in answer["here"]] == [record(11).node]
-    connection.sendall(wants("clock", "another"))
-    assert json.loads(told.readline()) == {"type": "told", "service": "clock"}
-    assert json.loads(told.readline())["type"] == "refusal"
+
+    def answer(to: str) -> dict[str, Any]:  # changes may be told in between
+        while (found := json.loads(told.readline())).get("service") != to and found["type"] == "told":
+            pass
+        return dict(found)
+
+    answer("clock")
+    connection.sendall(wants("clock"))
+    assert answer("clock") == {"type": "told", "service": "clock"}
+    connection.sendall(wants("another"))
+    assert answer("another")["type"] == "refusal"
     assert told.readline() == b""
 
 
