@@ -571,7 +571,9 @@ def test_only_what_is_wanted_is_told(site: Site) -> None:
     other = site.open(1)
     other.announce(record(11, services={"compute": ("a",), "volume": ("a",)}))
     other.announce(record(11, services={"compute": ("a",), "clock": ("b",)}))
-    assert json.loads(told.readline())["here"][0]["services"] == {"clock": ["b"]}
+    while "here" not in (change := json.loads(told.readline())):
+        assert change["type"] == "told"
+    assert change["here"][0]["services"] == {"clock": ["b"]}
     connection.sendall(b'{"type":"want","service":"compute"}\n')
     answer = json.loads(told.readline())
     assert answer["service"] == "compute"
