@@ -140,7 +140,7 @@ TABLES = (
     ),
     Table(
         "Many at one registry: joining",
-        "Each is a registry session of its own; one in 50 is a controller, which follows all agents, and agents follow "
+        "Each is a registry session of its own; one in 250 is a controller, which follows all agents, and agents follow "
         "the controllers. All join at once.",
         "", "all announced, s",
         [
@@ -194,7 +194,7 @@ def page(files: Sequence[Path], note: str) -> str:
     newest = max(file.stat().st_mtime for file in files)
     head = HEAD.format(
         date=datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        processors=os.cpu_count(), kernel=platform.release(), python=platform.python_version(),
+        processors=os.cpu_count(), kernel=platform.release().partition("-")[0], python=platform.python_version(),
         note=f" {note}" if note else "",
     )  # fmt: skip
     return "\n".join([head, *filter(None, (rendered(each, found) for each in TABLES))])
