@@ -140,7 +140,7 @@ TABLES = (
     ),
     Table(
         "Many at one registry: joining",
-        "Each is a registry session of its own; one in 250 is a controller, which follows all agents, and agents follow "
+        "Each is a registry session of its own; one in 250 is a controller and follows all agents; agents follow "
         "the controllers. All join at once.",
         "", "all announced, s",
         [

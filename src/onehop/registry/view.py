@@ -121,7 +121,7 @@ class View:
         for record in records:
             for service in record.services:
                 if self._known(service, record.node) is None:
-                    self._keep(service, record.node, _shared(record))
+                    self._keep(service, record.node, _shared(record, record.node))
 
     # --- what is known ---
 
@@ -254,20 +254,24 @@ def _decoded(service: str, node: str, value: bytes) -> Record | str:
         return f"its {problem}"
     if list(record.services) != [service]:
         return f"it holds the services {sorted(record.services)}, and must hold {service!r} alone"
-    return _shared(record)
+    return _shared(record, node)
 
 
-def _shared(record: Record) -> Record:
-    """``record`` with the strings that thousands have in common held once."""
+_NONE: dict[str, tuple[str, ...]] = {}  # held by all who have nothing; nobody changes a record
+
+
+def _shared(record: Record, node: str) -> Record:
+    """``record`` with what thousands have in common held once, and its node id as the key that is held anyway."""
     intern = sys.intern
     return msgspec.structs.replace(
         record,
+        node=node,
         host=intern(record.host),
         version=intern(record.version),
         zone=intern(record.zone),
         state=intern(record.state),
         services={intern(name): tuple(map(intern, each)) for name, each in record.services.items()},
-        idempotent={intern(name): tuple(map(intern, each)) for name, each in record.idempotent.items()},
+        idempotent={intern(name): tuple(map(intern, each)) for name, each in record.idempotent.items()} or _NONE,
     )
 
 
