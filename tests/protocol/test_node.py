@@ -255,3 +255,19 @@ def test_routes_are_those_of_the_peers_whatever_happened(steps: list[tuple[str, 
                 if route.service == service
             ]
             assert list(node.routes.of(service)) == expected
+
+
+def test_a_server_started_anew_is_a_route_again_when_our_turn_has_come() -> None:
+    node = NodeProtocol(b"n" * 16, random=lambda: 0.0)
+    node.learn([record(1, ("clock",))])
+    (peer,) = node.peers.peers.values()
+    node.connect(peer, 0.0)
+    node.peers.event(peer, states.HELLO)
+    peer.place = 1_000
+    node.lost(peer, "the connection ended", 0.0)
+    node.learn([record(2, ("clock",))], 1.0)
+    assert node.routes.of("clock") == ()
+    assert node.handle_timer(5.9) == []
+    assert node.routes.of("clock") == ()
+    assert node.handle_timer(6.1) == [], "nothing is wrong with it: who needs it connects"
+    assert [route.peer.id for route in node.routes.of("clock")] == [(2).to_bytes(16, "big")]
