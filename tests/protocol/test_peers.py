@@ -381,3 +381,12 @@ def test_who_was_lost_is_left_alone_when_his_successor_is_there() -> None:
     assert old.rested_at == 1.0 + states.REPLACED_PAUSE
     peers.learn([record(1), record(2), record(3, services={"lock": ("b",)})], now=2.0)
     assert old.rested_at == 1.0 + states.REPLACED_PAUSE
+
+
+def test_who_was_lost_by_few_is_tried_again_soon_although_another_came_under_his_name() -> None:
+    peers = table(1)
+    old = only(peers)
+    lose(peers, old, 2)
+    before = old.rested_at
+    peers.learn([record(1), record(2)], now=1.0)
+    assert old.rested_at == before

@@ -196,16 +196,16 @@ class PeerTable:
             return
         names = [(service, server) for service, servers in record.services.items() for server in servers]
         lost = [self._lost[name] for name in names if name in self._lost]
-        for _, _, old in lost:  # its address is tried no more while it is listed still: half of the attempts would be
-            if old.state == RESTING:
-                old.rested_at = max(old.rested_at, now + REPLACED_PAUSE)
         turn = max((turn for until, turn, _ in lost if until > now), default=0.0)
         if turn >= SHORTEST_TURN:
+            for _, _, old in lost:  # a crowd at the old address too, which is listed still, would double the attempts
+                if old.state == RESTING:
+                    old.rested_at = max(old.rested_at, now + REPLACED_PAUSE)
             peer.rested_at = now + turn
             self.event(peer, HELD_BACK, now)
 
     def expected(self, service: str, server: str) -> float:
-        """When a peer that is held back, and offers this, may be tried; NEVER where there is none."""
+        """When a peer that is held back, or was lost for the first time, and offers this, may be tried; else NEVER."""
         return min(
             (
                 peer.rested_at
@@ -272,7 +272,7 @@ class PeerTable:
             peer.rested_at = now + self.random() * max(pause, 2 * peer.turn)
 
     def due(self, now: float) -> list[Peer]:
-        """Those who have rested, and are to be connected to."""
+        """Those whose pause, or wait for their turn, is over."""
         return [peer for peer in self.away.values() if peer.state == RESTING and peer.rested_at <= now]
 
 
