@@ -262,12 +262,13 @@ class PeerTable:
         """Say when ``peer`` may be tried again: those who lost it together must not return together.
 
         First in the order in which they came, so that they are back soon and never a crowd; and with full jitter, more
-        and more of it, as long as that fails.
+        and more of it, as long as that fails. Two turns are waited for: where the server was started anew, the registry
+        has told of it in one, even if it had to be found again itself, and nobody goes to the old address.
         """
         peer.failures += 1
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(peer.failures, 10))
         if was_ready:
-            peer.rested_at = now + peer.turn + self.random() * pause
+            peer.rested_at = now + 2 * peer.turn + self.random() * pause
         else:
             peer.rested_at = now + self.random() * max(pause, 2 * peer.turn)
 

@@ -49,7 +49,7 @@ from onehop.settings import Settings
 ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of one line from a directory
 FIRST_RETRIES, LONGEST_RETRY = 5, 5.0  # so many in the second of a takeover; then after up to so many seconds
 PATIENCE = 0.5  # seconds for an answer from all, where some have answered
-RETURNS_A_SECOND = 200  # nodes that come back to a directory after it ended
+RETURNS_A_SECOND = 150  # nodes that come back to a directory after it ended; servers that it tells of come on top
 REFUSED = 0.7  # seconds after which a host that still refuses has nobody left to take its port over
 GRACE = 2.0  # seconds, at least, for those who told a directory of themselves to tell its successor
 TOGETHER = 1.0  # seconds within which all directories hear of one event
@@ -504,8 +504,9 @@ class _Watcher(Loop):
         link.refused = broken.refused
         link.tries += 1
         if link.tries <= FIRST_RETRIES:
-            # Who came late returns late, so that those who lost it together are no storm for its successor.
-            delay = link.tries * (random.uniform(0.02, 0.1) + random.uniform(0.5, 1.5) * link.crowd / RETURNS_A_SECOND)
+            # Who came late returns late, so that those who lost it together are no storm for its successor; and before
+            # they try a server that ended with it (protocol/peers.py), of whose end it tells them.
+            delay = link.tries * (random.uniform(0.02, 0.1) + random.uniform(0.8, 1.2) * link.crowd / RETURNS_A_SECOND)
         else:
             delay = random.uniform(0.1, min(LONGEST_RETRY, 0.3 * 2.0 ** min(link.tries - FIRST_RETRIES, 10)))
         link.retry_at = now + delay
