@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from http.client import HTTPException, RemoteDisconnected
+from http.client import HTTPException
 from typing import Any, TypeVar
 
 import msgspec
