@@ -1,0 +1,32 @@
+"""A fan-out to a thousand of which ten are dead; ``wide.py`` has the programs, and is the long form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tests.system.beyond import Registry
+from tests.system.wide import DEAD, wide
+
+from onehop.testing.hosts import Hosts
+
+RECEIVERS = 1_000
+
+
+@pytest.mark.timeout(240)
+def test_fanout_to_a_thousand_names_the_ten_dead_within_seven_seconds(
+    onehop_hosts: Callable[..., Hosts], capsys: Any
+) -> None:
+    hosts = onehop_hosts(4)
+    with Registry("redis", hosts) as registry:
+        found = wide(hosts, registry, RECEIVERS)
+    with capsys.disabled():
+        for name, each in found.items():
+            words = f"{each['seconds']:.2f} s, CPU {each['CPU']:.3f} s, {each['taken']} took it"
+            print(f"\n  fan-out to {RECEIVERS}, {name}: {words}", end="")
+    assert found["nobody"]["taken"] == RECEIVERS
+    for name in ("stopped", "killed", "powerless"):
+        assert found[name]["named"], (name, found[name])
+        assert found[name]["taken"] == RECEIVERS - DEAD, (name, found[name])
+        assert found[name]["seconds"] < 7.0, (name, found[name])
