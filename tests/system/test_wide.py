@@ -1,4 +1,4 @@
-"""A fan-out to a thousand of which ten are dead; ``wide.py`` has the programs, and is the long form."""
+"""A fan-out to many of which ten are dead; ``wide.py`` has the programs, and is the long form."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from tests.system.wide import DEAD, wide
 
 from onehop.testing.hosts import Hosts
 
-RECEIVERS = 1_000
+RECEIVERS = 110
 
 
 @pytest.mark.timeout(240)
-def test_fanout_to_a_thousand_names_the_ten_dead_within_seven_seconds(
-    onehop_hosts: Callable[..., Hosts], capsys: Any
-) -> None:
+def test_fanout_names_the_ten_dead_within_seven_seconds(onehop_hosts: Callable[..., Hosts], capsys: Any) -> None:
     hosts = onehop_hosts(4)
     with Registry("redis", hosts) as registry:
-        found = wide(hosts, registry, RECEIVERS)
+        found = wide(hosts, registry, RECEIVERS, 2)
     with capsys.disabled():
         for name, each in found.items():
             words = f"{each['seconds']:.2f} s, CPU {each['CPU']:.3f} s, {each['taken']} took it"

@@ -1,8 +1,8 @@
 """A fan-out to a thousand receivers of which ten are dead: how soon its receipts are there, and whom they name.
 
-In the tests as it is; alone, or with more::
+In the tests with fewer; the long form::
 
-    python tests/system/wide.py --receivers 2000
+    python tests/system/wide.py --receivers 1000
 
 The ten are stopped (SIGSTOP), killed while the registry still lists them, and without power. It makes test hosts, and
 needs root.
@@ -32,11 +32,15 @@ PORTS = "9501-12000"  # one for each receiver of a host
 RECEIVERS = """
 # so many nodes that serve "wide", in one process; what the name of each begins with, how many
 name, count = sys.argv[1], int(sys.argv[2])
-nodes = []
-for number in range(count):
+from concurrent.futures import ThreadPoolExecutor
+
+def begin(number):
     node = onehop.Node(drain_timeout=1.0, relay=False)
     node.serve("wide", {"take": lambda what: None}, server=f"{name}-{number}", workers=1)
-    nodes.append(node)
+    return node
+
+with ThreadPoolExecutor(32) as pool:  # each waits for the registry
+    nodes = list(pool.map(begin, range(count)))
 say(serving=len(nodes))
 sys.stdin.readline()
 os._exit(0)
@@ -86,7 +90,7 @@ def wide(hosts: Hosts, registry: Registry, receivers: int, processes: int = 8) -
 
     def warm() -> None:
         until = time.monotonic() + 30.0
-        while origin.ask(str(receivers))["taken"] != receivers:
+        while (said := origin.ask(str(receivers)))["taken"] != receivers or said["others"]:
             assert time.monotonic() < until, "not all receivers can be reached"
 
     def ask(name: str) -> dict[str, Any]:
