@@ -22,9 +22,12 @@ KIND_NAMES = {
         "HELLO", "REQUEST", "CAST", "CREDIT", "CANCEL", "GOODBYE", "PING", "ACK", "REPLY", "ITEM", "PROGRESS", "REJECT",
         "PONG",
     )
+    if hasattr(wire, name)  # an earlier release, which has fewer, is held to the frozen ones
 }  # fmt: skip
 FLAG_NAMES = {
-    name: getattr(wire, name) for name in ("BODY_FOLLOWS", "FAILED", "STREAM", "FANOUT", "MONITORED", "ANSWER", "FINAL")
+    name: getattr(wire, name)
+    for name in ("BODY_FOLLOWS", "FAILED", "STREAM", "FANOUT", "MONITORED", "ANSWER", "FINAL")
+    if hasattr(wire, name)
 }
 
 

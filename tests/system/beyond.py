@@ -462,18 +462,20 @@ def main() -> None:
     parser.add_argument("--joins", type=int, default=100, help="how many servers join, one after the other")
     parser.add_argument("--callers", type=int, default=1_000, help="links of a server that is started again")
     parser.add_argument("--outage", type=float, default=20.0, help="seconds for which the registry is stopped")
+    parser.add_argument("--only-restart", action="store_true", help="measure nothing but that")
     given = parser.parse_args()
     for kind in given.registry:
         found: dict[str, Any] = {"registry": kind}
-        with beyond(kind) as (hosts, registry):
-            found["joins"] = joins(hosts, registry, given.joins)
-        for power in (False, True):
+        if not given.only_restart:
+            with beyond(kind) as (hosts, registry):
+                found["joins"] = joins(hosts, registry, given.joins)
+        for power in (False, True) if not given.only_restart else ():
             with beyond(kind) as (hosts, registry):
                 found["power lost" if power else "killed"] = death(hosts, registry, power=power)
         if given.callers:
             with beyond(kind) as (hosts, registry):
                 found["restart"] = returning(hosts, registry, given.callers, 8)
-        if kind != "hosts" and given.outage:
+        if kind != "hosts" and given.outage and not given.only_restart:
             with beyond(kind) as (hosts, registry):
                 found["outage"] = outage(hosts, registry, given.outage)
         print(json.dumps(found, indent=1), flush=True)

@@ -50,6 +50,7 @@ ANSWER_LIMIT = 64 * 1024 * 1024  # bytes of one line from a directory
 FIRST_RETRIES, LONGEST_RETRY = 5, 5.0  # so many in the second of a takeover; then after up to so many seconds
 PATIENCE = 0.5  # seconds for an answer from all, where some have answered
 RETURNS_A_SECOND = 150  # nodes that come back to a directory after it ended; servers that it tells of come on top
+UNHURRIED_RETURNS = 30  # the same, where another directory tells of those servers meanwhile, and they go there at once
 REFUSED = 0.7  # seconds after which a host that still refuses has nobody left to take its port over
 GRACE = 2.0  # seconds, at least, for those who told a directory of themselves to tell its successor
 TOGETHER = 1.0  # seconds within which all directories hear of one event
@@ -505,8 +506,11 @@ class _Watcher(Loop):
         link.tries += 1
         if link.tries <= FIRST_RETRIES:
             # Who came late returns late, so that those who lost it together are no storm for its successor; and before
-            # they try a server that ended with it (protocol/peers.py), of whose end it tells them.
-            delay = link.tries * (random.uniform(0.02, 0.1) + random.uniform(0.8, 1.2) * link.crowd / RETURNS_A_SECOND)
+            # they try a server that ended with it (protocol/peers.py), of whose end it tells them. Where another has
+            # told them, they are on their way to that server already, and this return would double the attempts.
+            told = any(each.live for each in self._links.values())
+            turn = link.crowd / (UNHURRIED_RETURNS if told else RETURNS_A_SECOND)
+            delay = link.tries * (random.uniform(0.02, 0.1) + random.uniform(0.8, 1.2) * turn)
         else:
             delay = random.uniform(0.1, min(LONGEST_RETRY, 0.3 * 2.0 ** min(link.tries - FIRST_RETRIES, 10)))
         link.retry_at = now + delay

@@ -1,0 +1,249 @@
+"""A consumer a hundred times slower than its caller: what it costs the caller's memory, and everybody else."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.timeout(120)
+
+MEBIBYTE = 1024 * 1024
+BODIES = {"100 B": 100, "10 KiB": 10 * 1024, "100 KiB": 100 * 1024}
+RATE = 2_000  # a second; the slow handler takes 50 ms, and there is one of it
+
+SERVER = """
+# A node with an unhurried service, and a slow one beside it where it is told so.
+name, slow = sys.argv[1:3]
+node = onehop.Node(inbox_messages=2_000, workers=2)
+node.serve(f"quick-{name}", {"echo": lambda value: value, "sink": lambda body: None}, server=name)
+if slow == "slow":
+    node.serve("slow", {"take": lambda body: time.sleep(0.05)}, server=name, workers=1)
+print("serving", flush=True)
+sys.stdin.readline()
+os._exit(0)
+"""
+
+FLOOD = f"""
+# Sends RATE requests a second and takes no answer: to the slow service, or as many to an unhurried one, as lines say.
+# Meanwhile it calls another server, as any part of the same program would.
+import asyncio, json
+import onehop.asyncio
+verb, size = sys.argv[1], int(sys.argv[2])
+RATE, BATCH = {RATE}, 10
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+async def main():
+    node = onehop.asyncio.Node(timeout=60.0)
+    for service in ("slow", "quick-same", "quick-other"):
+        await node.wait_for(service, timeout=20.0)
+    slow, quick, other = (node.client(each) for each in ("slow", "quick-other", "quick-other"))
+    target, method = quick, "sink"
+    sent = full = 0
+    waits, delays, late = [], [], 0
+    under_way = set()
+
+    async def send_one():
+        nonlocal sent, full
+        body = os.urandom(16) + bytes(size - 16)
+        began = time.perf_counter()
+        flooding = target is slow
+        try:
+            if verb == "call":
+                call = await target.start(method, body)
+                sent += flooding
+                if not flooding:
+                    await call.result()
+            else:
+                await target.cast(method, body)
+                sent += flooding
+        except onehop.Rejected as error:
+            assert error.reason == "full", error
+            full += 1
+            waits.append(time.perf_counter() - began)
+        except onehop.CallError:
+            pass
+
+    async def flood():
+        due = time.perf_counter()
+        while True:
+            due = max(due + BATCH / RATE, time.perf_counter() - 0.1)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            for _ in range(BATCH):
+                # A program that is refused does not begin more before it has heard so: 64 are on their way at most.
+                if len(under_way) < 64:
+                    task = asyncio.ensure_future(send_one())
+                    under_way.add(task)
+                    task.add_done_callback(under_way.discard)
+
+    async def probe():
+        while True:
+            await asyncio.sleep(0.004)
+            began = time.perf_counter()
+            await other.call("echo", 1)
+            delays.append(time.perf_counter() - began)
+
+    peak = 0
+    async def watch():
+        nonlocal peak
+        while True:
+            peak = max(peak, resident())
+            await asyncio.sleep(0.02)
+
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    running = [asyncio.ensure_future(each()) for each in (flood, probe, watch)]
+    print("ready", flush=True)
+    while line := (await reader.readline()).decode().strip():
+        for each in running:
+            if each.done():
+                each.result()
+        if line == "flood":
+            target, method = slow, "take"
+        elif line == "rest":
+            target, method = quick, "sink"
+        elif line == "base":
+            peak = resident()
+        told = dict(resident=resident(), peak=peak, sent=sent, full=full, waits=waits, delays=delays)
+        print(json.dumps(told), flush=True)
+        waits, delays = [], []
+    os._exit(0)
+
+asyncio.run(main())
+"""
+
+BESIDE = """
+# Calls the unhurried service at the server whose other service is flooded; the delays of each window at a line.
+import json
+node = onehop.Node()
+client = node.client("quick-same")
+delays, lock = [], threading.Lock()
+
+def work():
+    while True:
+        time.sleep(0.004)
+        began = time.perf_counter()
+        client.call("echo", 1)
+        with lock:
+            delays.append(time.perf_counter() - began)
+
+client.call("echo", 1)
+threading.Thread(target=work, daemon=True).start()
+print("ready", flush=True)
+for line in sys.stdin:
+    with lock:
+        found, delays = delays, []
+    print(json.dumps(found), flush=True)
+os._exit(0)
+"""
+
+
+def p99(values: list[float]) -> float:
+    return sorted(values)[int(len(values) * 0.99)]
+
+
+def ask(program: Any, line: str = "look") -> Any:
+    program.process.stdin.write(line + "\n")
+    program.process.stdin.flush()
+    return json.loads(program.line())
+
+
+@pytest.fixture
+def flooded(start: Callable[..., Any]) -> Callable[[str, int], tuple[Any, Any]]:
+    """``flooded(verb, size)``: the program that floods, and one that calls the same server."""
+
+    def begin(verb: str, size: int) -> tuple[Any, Any]:
+        for name, kind in (("same", "slow"), ("other", "quick")):
+            assert start(SERVER, name, kind).line() == "serving"
+        programs = start(FLOOD, verb, str(size)), start(BESIDE)
+        for each in programs:
+            assert each.line() == "ready"
+        return programs
+
+    return begin
+
+
+def windows(flood: Any, beside: Any, eventually: Callable[..., None], phase: str, seconds: float) -> dict[str, Any]:
+    """What was seen in a phase, after it has settled."""
+    ask(flood, phase)
+    before = ask(flood)
+    eventually(_enough(flood, 100, settled := []), within=30.0)
+    ask(beside)
+    own: list[float] = []
+    waits = [each for seen in settled for each in seen["waits"]] + before["waits"]
+    eventually(_enough(flood, int(seconds / 0.006), seen := []), within=30.0)
+    own = [each for one in seen for each in one["delays"]]
+    waits += [each for one in seen for each in one["waits"]]
+    return {"own": own, "beside": ask(beside), "waits": waits, "last": seen[-1]}
+
+
+def _enough(flood: Any, samples: int, seen: list[Any]) -> Callable[[], bool]:
+    def look() -> bool:
+        seen.append(ask(flood))
+        return sum(len(each["delays"]) for each in seen) >= samples
+
+    return look
+
+
+@pytest.mark.parametrize("size", BODIES.values(), ids=BODIES.keys())
+@pytest.mark.parametrize("verb", ["call", "cast"])
+def test_slow_consumer_costs_its_caller_eight_mebibytes_and_is_refused_at_once(
+    flooded, eventually, capsys, verb: str, size: int
+) -> None:
+    flood, _ = flooded(verb, size)
+    eventually(_enough(flood, 200, []), within=30.0)  # the same load, to a consumer that keeps up
+    base = ask(flood, "base")["resident"]
+    ask(flood, "flood")
+    refused: list[float] = []
+    echoes: list[float] = []
+
+    def full() -> bool:
+        seen = ask(flood)
+        refused.extend(seen["waits"])
+        echoes.extend(seen["delays"])
+        return len(refused) > 1_000
+
+    eventually(full, within=30.0)
+    found = ask(flood)
+    grown = (found["peak"] - base) / MEBIBYTE
+    with capsys.disabled():
+        quick, slowest, echo = statistics.median(refused) * 1e3, p99(refused) * 1e3, statistics.median(echoes) * 1e3
+        print(
+            f"\n  {verb}s of {size} bytes to a consumer 100 times slower: the sender grew by {grown:.1f} MiB; "
+            f"{found['sent']} taken, {found['full']} refused, in {quick:.2f} ms (p50), {slowest:.2f} ms (p99), where "
+            f"an echo of another server takes {echo:.2f} ms"
+        )
+    # A cast is refused by the server: what the way to and fro takes of itself on this machine now does not count.
+    assert statistics.median(refused) < 0.010 + statistics.median(echoes)
+    assert grown < 8.0
+
+
+@pytest.mark.parametrize("verb", ["call", "cast"])
+def test_slow_consumer_costs_others_a_fifth_of_their_p99_at_most(flooded, eventually, capsys, verb: str) -> None:
+    """Off and on by turns, with the same number of requests: off, they go to a consumer that keeps up."""
+    flood, beside = flooded(verb, BODIES["10 KiB"])
+    rests: list[dict[str, Any]] = []
+    floods: list[dict[str, Any]] = []
+
+    def ratio(whose: str) -> float:
+        on, off = (statistics.median(p99(each[whose]) for each in phases) for phases in (floods, rests))
+        return on / off
+
+    for turn in range(10):
+        rests.append(windows(flood, beside, eventually, "rest", 1.0))
+        floods.append(windows(flood, beside, eventually, "flood", 1.0))
+        if turn >= 3 and max(ratio("own"), ratio("beside")) < 1.2:
+            break
+    with capsys.disabled():
+        for whose, words in (("own", "the same caller at another server"), ("beside", "another caller at the same")):
+            on, off = (statistics.median(p99(each[whose]) for each in phases) * 1e3 for phases in (floods, rests))
+            print(f"\n  {verb}s to a slow consumer; {words}: p99 {off:.2f} ms, then {on:.2f} ms", end="")
+    assert ratio("own") < 1.2
+    assert ratio("beside") < 1.2

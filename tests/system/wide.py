@@ -1,0 +1,136 @@
+"""A fan-out to a thousand receivers of which ten are dead: how soon its receipts are there, and whom they name.
+
+In the tests with fewer; the long form::
+
+    python tests/system/wide.py --receivers 1000
+
+The ten are stopped (SIGSTOP), killed while the registry still lists them, and without power. It makes test hosts, and
+needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.system.beyond import Program, Registry, beyond
+
+from onehop.testing.hosts import Hosts
+
+DEAD = 10
+PORTS = "9501-12000"  # one for each receiver of a host
+
+RECEIVERS = """
+# so many nodes that serve "wide", in one process; what the name of each begins with, how many
+name, count = sys.argv[1], int(sys.argv[2])
+from concurrent.futures import ThreadPoolExecutor
+
+def begin(number):
+    node = onehop.Node(drain_timeout=1.0, relay=False)
+    node.serve("wide", {"take": lambda what: None}, server=f"{name}-{number}", workers=1)
+    return node
+
+with ThreadPoolExecutor(32) as pool:  # each waits for the registry
+    nodes = list(pool.map(begin, range(count)))
+say(serving=len(nodes))
+sys.stdin.readline()
+os._exit(0)
+"""
+
+ORIGIN = """
+# waits until so many serve "wide", then fans out once for each line
+node = onehop.Node(ready_timeout=10.0)
+assert node.wait_for("wide", count=int(sys.argv[1]), timeout=60.0)
+say(ready=True)
+for line in sys.stdin:
+    if line.strip():
+        node.wait_for("wide", count=int(line), timeout=30.0)
+    cpu, began = time.process_time(), time.monotonic()
+    receipts = node.fanout("wide", "take", "x" * 2000)
+    seconds = time.monotonic() - began
+    say(
+        seconds=seconds, cpu=time.process_time() - cpu, taken=sum(each.outcome == "taken" for each in receipts),
+        others=sorted(each.server for each in receipts if each.outcome != "taken"),
+        reasons=sorted({each.reason.split(": ")[-1] for each in receipts if each.outcome != "taken"})[:3],
+    )
+"""
+
+
+def wide(hosts: Hosts, registry: Registry, receivers: int, processes: int = 8) -> dict[str, dict[str, Any]]:
+    """What each way to die makes of a fan-out over warm connections.
+
+    Returns:
+        For "nobody" and each way: seconds until all receipts were there, the origin's CPU seconds, how many took it,
+        whether those who did not are named and are the dead ones.
+    """
+    alive = receivers - DEAD
+    shares = [alive // processes + (number < alive % processes) for number in range(processes)]
+    crowd = [
+        Program(hosts[1], registry.url, RECEIVERS, f"alive-{number}", str(share), ports=PORTS)
+        for number, share in enumerate(shares)
+    ]
+
+    def dying(name: str) -> Program:
+        return Program(hosts[2], registry.url, RECEIVERS, name, str(DEAD), ports=PORTS)
+
+    victims = dying("stopped")
+    for each in [*crowd, victims]:
+        each.hear()
+    origin = Program(hosts[3], registry.url, ORIGIN, str(receivers))
+    origin.hear()
+
+    def warm() -> None:
+        until = time.monotonic() + 30.0
+        while (said := origin.ask(str(receivers)))["taken"] != receivers or said["others"]:
+            assert time.monotonic() < until, "not all receivers can be reached"
+
+    def ask(name: str) -> dict[str, Any]:
+        said = origin.ask()
+        expected = sorted(f"{name}-{number}" for number in range(DEAD)) if name else []
+        return {
+            "seconds": said["seconds"],
+            "CPU": said["cpu"],
+            "taken": said["taken"],
+            "named": said["others"] == expected,
+            "reasons": said["reasons"],
+        }
+
+    warm()
+    found = {"nobody": ask("")}
+    victims.process.send_signal(signal.SIGSTOP)
+    found["stopped"] = ask("stopped")
+    victims.process.send_signal(signal.SIGCONT)
+    victims.kill()
+    victims = dying("killed")
+    victims.hear()
+    warm()
+    victims.kill()
+    found["killed"] = ask("killed")
+    dying("powerless").hear()
+    warm()
+    hosts.power_off(hosts[2])
+    found["powerless"] = ask("powerless")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--receivers", type=int, default=1_000)
+    parser.add_argument("--processes", type=int, default=8)
+    given = parser.parse_args()
+    with beyond("redis") as (hosts, registry):
+        print(json.dumps(wide(hosts, registry, given.receivers, given.processes), indent=1))
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main()
