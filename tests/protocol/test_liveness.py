@@ -222,3 +222,16 @@ def test_a_hello_that_waits_is_no_call_to_ask_about(watched: Watched) -> None:
     watched.calls.pending[0] = Call(wire.HELLO)
     watched.run(5.0)
     assert watched.asked == []
+
+
+def test_who_has_not_answered_when_the_connection_ends_was_silent(watched: Watched) -> None:
+    watched.call()
+    watched.run(2.0, ping=True)
+    assert not watched.liveness.silent
+    watched.run(3.0)
+    assert not watched.liveness.silent, "the echo is not answered, the ping is"
+    other = Watched()
+    other.call()
+    other.run(3.0)
+    other.calls.lose("it ended")
+    assert other.liveness.silent

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from onehop.protocol import wire
-from onehop.protocol.calls import Call, CallTable
+from onehop.protocol.calls import REPLIED, Call, CallTable
 
 QUIET = 1.0
 """Seconds that a call waits before its peer is asked."""
@@ -72,6 +72,11 @@ class Liveness:
         self._ban = float("-inf")
         self._bans = 0
         self.stalled = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether the last PING was not answered (before the connection ended, if it has)."""
+        return self._ping is not None and self._ping.outcome != REPLIED
 
     def look(self, calls: CallTable, now: float) -> Findings:
         """Judge by the present moment."""

@@ -86,6 +86,7 @@ class Peer:
 
     Attributes:
         record: the latest said of it; None once the registry has none.
+        idempotent: of the latest record there was: by service, the methods that may run again.
         calls: calls under way to it; a new table for each connection, the numbers going on.
         distance: from this node, where a subset has to be chosen: each node has its own order of all peers.
         link: the engine's connection object, or None.
@@ -103,6 +104,7 @@ class Peer:
         "failures",
         "features",
         "id",
+        "idempotent",
         "link",
         "numbers",
         "offered",
@@ -117,6 +119,7 @@ class Peer:
         self.id = id
         self.distance = b""
         self.record = record
+        self.idempotent: dict[str, tuple[str, ...]] = {}
         self.state = KNOWN
         self.numbers = count(first)
         self.calls = CallTable(self.numbers)
@@ -180,7 +183,7 @@ class PeerTable:
             id = _node_id(node)
             if id is not None:
                 peer = self._meet(id)
-                is_new, peer.record = peer.record is None, record
+                is_new, peer.record, peer.idempotent = peer.record is None, record, record.idempotent
                 if is_new:
                     self._hold_back(peer, record, now)
                 changed.append(peer)

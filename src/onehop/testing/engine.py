@@ -30,7 +30,7 @@ from onehop.protocol import wire
 from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, Call
 from onehop.protocol.inbox import Request
 from onehop.protocol.node import NodeProtocol
-from onehop.protocol.peers import RESTING, Peer
+from onehop.protocol.peers import RESTING, SHORTEST_TURN, Peer
 from onehop.protocol.routes import Route, choose
 from onehop.protocol.tree import SERVICE
 from onehop.testing.clock import Clock, Task, Waiting
@@ -50,7 +50,7 @@ from onehop.testing.link import EngineLink
 from onehop.testing.network import Network, VirtualRegistry
 from onehop.testing.tree import VirtualTree
 
-HANDSHAKE, HURRY, GRACE = 5.0, 1.0, 1.0
+HANDSHAKE, HURRY, RESUME, GRACE = 5.0, 1.0, 1.0, 1.0
 TICK = 0.1
 SLOW_TICK = 0.5
 PROBES = 20.0
@@ -150,7 +150,7 @@ class VirtualEngine:
         self.targets = [Target(offer, instance) for instance, offer in enumerate(offers)]
         self.links: dict[bytes, EngineLink] = {}
         self.under_way: dict[int, Entry] = {}
-        self.retried = 0
+        self.retried = self.resumed = self.probes = 0
         self._turns: dict[tuple[str, str], count[int]] = {}
         self._changed: list[Task] = []
         self._tick_at: float | None = None
@@ -320,6 +320,7 @@ class VirtualEngine:
                     return
                 route = found
             self.invariants.chose(self, route)
+            entry.route = route
             link: EngineLink | None = route.peer.link
             if link is None or not link.ready:
                 patience = HURRY if len(routes) > 1 else HANDSHAKE
@@ -333,6 +334,8 @@ class VirtualEngine:
             error = yield from self._exchange(entry, task, route, link)
             if error is None:
                 return
+            if isinstance(error, CallTimeout):
+                self._note_timeout(entry, link)
             if isinstance(error, CallTimeout) or not self._again(attempt, route, error):
                 self.finish(entry, "error", error)
                 return
@@ -346,15 +349,22 @@ class VirtualEngine:
         number = entry.parent.number if is_part and entry.parent is not None else entry.number  # one body for all
         body = ENTRY_NUMBER.pack(number) + bytes(max(0, entry.size - ENTRY_NUMBER.size))
         call = Call(wire.CAST if is_cast else wire.REQUEST, entry.deadline, len(body))
+        call.route = route
         if link.calls.full(len(body)):
             self.finish(entry, "error", Rejected("the window is full", reason="full"))
             return None
-        entry.asked.append((route.peer.id, self.clock.now))
+        link.calls.begin(call)
         flags, monitor = wire.FANOUT if is_part else 0, None if is_cast else entry.monitor
         section = wire.names(entry.service, route.server, "work")
-        error = yield from self.ask(link, call, flags, monitor, section, body, task)
-        if error is not None:
-            return error
+        while True:
+            entry.asked.append((route.peer.id, self.clock.now))
+            error = yield from self.ask(link, call, flags, monitor, section, body, task)
+            if error is None:
+                break
+            again = (yield from self._resume(link, call, entry, task)) if entry.parent is None else None
+            if again is None:
+                return error
+            link, call = again
         if call.outcome == FAILED:
             self.finish(entry, "failed", RemoteError(bytes(call.body).decode()))
         elif call.outcome == REPLIED:
@@ -368,10 +378,10 @@ class VirtualEngine:
     def ask(
         self, link: EngineLink, call: Call, flags: int, monitor: float | None, section: bytes, body: bytes, task: Task
     ) -> Generator[float, None, CallError | None]:
-        """Send a request over a ready link and wait for its outcome; None where ``call`` has ended well."""
-        clock = self.clock
+        """Send a registered request over a ready link and wait for its outcome; None where it has ended well."""
+        clock, id = self.clock, call.id
         call.waiter = task
-        id = link.calls.begin(call)
+        self._plan(clock.now + SLOW_TICK)
         link.post(call, wire.request(call.kind, flags, id, call.deadline - clock.now, monitor, section, body))
         if monitor is None:
             while call.outcome is None and clock.now < call.deadline:
@@ -398,6 +408,60 @@ class VirtualEngine:
         if call.outcome == LOST:
             return PeerLost(f"lost: {call.body}", executed="unknown" if call.sent else "no")
         return None
+
+    def _resume(
+        self, link: EngineLink, call: Call, entry: Entry, task: Task
+    ) -> Generator[float, None, tuple[EngineLink, Call] | None]:
+        """Register a call whose connection ended under its number on another; None where there is none."""
+        peer = link.peer
+        if (
+            call.outcome != LOST or not call.sent or link.ended is None or self.closed
+            or peer.record is None or peer.turn >= SHORTEST_TURN or (peer.failures > 1 and peer.link is None)
+            or link.liveness.silent
+        ):  # fmt: skip
+            return None
+        made = yield from self.connect(peer, entry.deadline, task, RESUME)
+        if not isinstance(made, EngineLink):
+            return None
+        again = Call(call.kind, call.deadline, call.size)
+        again.route = call.route
+        made.calls.resume(again, call.id)
+        self.resumed += 1
+        return made, again
+
+    def _note_timeout(self, entry: Entry, link: EngineLink) -> None:
+        call = Call(wire.REQUEST)
+        call.route = entry.route
+        now = self.clock.now
+        if link.ready and link.liveness.timed_out(link.calls, call, now - entry.started, now):
+            self._judge(link, False)
+
+    def _judge(self, link: EngineLink, answers: bool) -> None:
+        before = self.protocol.routes
+        self.protocol.judged(link.peer, answers, self.clock.now)
+        self._plan(self.clock.now + SLOW_TICK)
+        self._routes_may_have_changed(before)
+
+    def _see_whether_it_answers(self, link: EngineLink) -> None:
+        calls, now = link.calls, self.clock.now
+        ask, answers, overdue = link.liveness.look(calls, now)
+        if answers is not None:
+            self._judge(link, answers)
+        for id, call in list(calls.pending.items()) if overdue else ():
+            if id <= overdue and call.kind in (wire.REQUEST, wire.CAST) and calls.give_up(call):
+                link.post(None, wire.pack(wire.CANCEL, id=id))
+                call.body, call.outcome = "it does not answer", LOST
+                if call.waiter is not None:
+                    call.waiter.resume()
+        if ask is not None:
+            self.probes += 1
+            ping, echo = Call(wire.PING), None
+            link.post(ping, wire.pack(wire.PING, id=calls.begin(ping)))
+            if ask.route is not None:
+                self.probes += 1
+                echo = Call(wire.PING)
+                link.post(echo, wire.echo(calls.begin(echo), wire.names(ask.route.service, ask.route.server, "")))
+            link.liveness.asked(ask, ping, echo, now)
 
     def _find(self, attempt: _Attempt, turns: count[int]) -> Generator[float, None, Route | OnehopError]:
         entry, tried, clock = attempt.entry, attempt.tried, self.clock
@@ -441,6 +505,9 @@ class VirtualEngine:
         attempt.entry.may_have_run |= error.executed == "unknown"
         safe = error.executed == "no" or (attempt.entry.idempotent and error.executed == "unknown")
         if not safe or self.clock.now >= attempt.entry.deadline:
+            return False
+        costs = error.executed == "unknown" or (isinstance(error, Rejected) and error.reason == "full")
+        if costs and not self.protocol.may_retry(self.clock.now):
             return False
         self.retried += 1
         return True
@@ -488,6 +555,13 @@ class VirtualEngine:
         inbox.receive(identity, frame, body, self.clock.now, moved)
         if inbox.outgoing:
             self._send_outgoing()
+        echoes, inbox.echoes = inbox.echoes, []
+        for echo in echoes:
+            if echo.target is self.tree:
+                self._answer_echo(echo)
+            else:
+                echo.target.tasks.appendleft(echo)
+                self._work(echo.target)
         if moved:
             self.invariants.taken(self, [request for request in moved if request.target is not self.tree])
             for request in moved:
@@ -503,6 +577,9 @@ class VirtualEngine:
     def _work(self, target: Target) -> None:
         while target.busy < target.offer.workers and target.tasks:
             request = target.tasks.popleft()
+            if request.kind == wire.PING:
+                self._answer_echo(request)
+                continue
             if self.expired(request):
                 self._answer(request, wire.reject(request.id, "expired"))
                 continue
@@ -511,6 +588,10 @@ class VirtualEngine:
             entry = self.invariants.entry_of(self, request)
             seconds = self.clock.random.expovariate(1 / target.offer.work) if entry.work is None else entry.work
             self.clock.after(seconds, self._handled, (target, request, entry))
+
+    def _answer_echo(self, request: Request) -> None:
+        request.sender.echo = False
+        self._send_one(request.identity, wire.pack(wire.PONG, id=request.id))
 
     def expired(self, request: Request) -> bool:
         """Whether ``request`` must not be run any more."""
@@ -593,11 +674,12 @@ class VirtualEngine:
                 if now - link.began > HANDSHAKE + GRACE:
                     self.lost(link, "it did not answer the hello")
                 next_time = min(next_time, link.began + HANDSHAKE + GRACE + TICK)
+                continue
+            if link.calls.pending or link.liveness.stalled:
+                self._see_whether_it_answers(link)
+                next_time = min(next_time, now + SLOW_TICK)
             elif link.peer.record is None:
-                if link.calls.pending:
-                    next_time = min(next_time, now + SLOW_TICK)
-                else:
-                    self.lost(link, "its record was withdrawn")
+                self.lost(link, "its record was withdrawn")
         for peer in self.protocol.peers.away.values():
             if peer.state == RESTING and peer.rested_at < next_time:
                 next_time = peer.rested_at

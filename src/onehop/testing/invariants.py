@@ -129,6 +129,7 @@ class Entry:
         may_have_run: an attempt before the last ended as unknown.
         parts: of a fan-out or gathering, one entry for each receiver; ``receivers``: by node id and server.
         takes: how often a receiver took it in.
+        route: where it went last.
     """
 
     __slots__ = (
@@ -150,6 +151,7 @@ class Entry:
         "parts",
         "ready_timeout",
         "receivers",
+        "route",
         "server",
         "service",
         "size",
@@ -177,6 +179,7 @@ class Entry:
         self.parts: list[Entry] = []
         self.receivers: dict[tuple[bytes, str], Entry] = {}
         self.takes = 0
+        self.route: Route | None = None
         self.asked: list[tuple[bytes, float]] = []
         self.executions: list[Execution] = []
         self.outcome: str | None = None
@@ -359,8 +362,9 @@ class Invariants:
             if inbox.taken or inbox.taken_bytes or inbox.outgoing or inbox.timer() is not None:
                 left.append(f"{len(inbox.taken)} requests ({inbox.taken_bytes} bytes) taken in and not finished")
             for peer in engine.protocol.peers.peers.values():
-                if any(peer.calls.pending):  # number 0 is the hello
-                    left.append(f"{len(peer.calls.pending)} calls to node {peer.id.hex()}")
+                calls = [call for call in peer.calls.pending.values() if call.kind in (wire.REQUEST, wire.CAST)]
+                if calls:
+                    left.append(f"{len(calls)} calls to node {peer.id.hex()}")
             if left:
                 self.fail(f"node {engine.index} at rest holds " + ", ".join(left))
             self.routes(engine)
@@ -381,15 +385,16 @@ class Invariants:
                 if not all((peer.id, service, server) in listed for server in servers):
                     self.fail(f"node {engine.index} lists no route to node {peer.id.hex()}, which is {peer.state}")
 
-    def messages(self, sent: int, links: int, beats: int) -> None:
+    def messages(self, sent: int, links: int, beats: int, probes: int = 0) -> None:
         """All messages are explained by what was asked for and by connections opened; none by how many nodes there are.
 
         Args:
-            sent: messages in the whole run; ``links``: connections opened; ``beats``: signs of life asked for.
+            sent: messages in the whole run; ``links``: connections opened; ``beats``: signs of life asked for;
+                ``probes``: questions whether a peer answers.
         """
         attempts = sum(len(entry.asked) for entry in self._ledger)
         # A request, its answer (or two, where it met a duplicate) and a cancellation; a hello, its answer, a goodbye.
-        most = 4 * attempts + 4 * links + beats
+        most = 4 * attempts + 4 * links + beats + 2 * probes
         if sent > most:
             self.fail(f"{sent} messages for {attempts} attempts and {links} connections, which explain {most}")
 

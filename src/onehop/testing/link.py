@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from onehop.errors import WireError
 from onehop.protocol import wire
 from onehop.protocol.calls import REPLIED, Call
+from onehop.protocol.liveness import Liveness
 from onehop.protocol.peers import Peer
 from onehop.testing.clock import Task
 from onehop.testing.network import Link
@@ -30,6 +31,7 @@ class EngineLink:
         "engine",
         "error",
         "hello",
+        "liveness",
         "out",
         "peer",
         "socket",
@@ -45,6 +47,7 @@ class EngineLink:
         self.ended: str | None = None
         self.error: Exception | None = None
         self.bad_frames = 0
+        self.liveness = Liveness(engine.clock.random.random)
         self.hello = Call(wire.HELLO)
         self.out: deque[tuple[Call | None, wire.Frame]] = deque()
         self.waiters: list[Task] = []

@@ -70,6 +70,7 @@ class World:
     Attributes:
         ledger: every request made, with all that became of it.
         clock, network, registry, invariants, trace: what the nodes share.
+        engines: every process that ever ran, in the order in which they began.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class World:
         self.ledger: list[Entry] = []
         self.invariants = Invariants(self.clock, self.trace, self.ledger, is_strict=is_strict)
         self._surroundings = Surroundings(self.clock, self.network, self.registry, self.invariants, self.trace)
+        self.engines: list[VirtualEngine] = []
         self._nodes: list[VirtualNode] = []
         self._cuts: list[tuple[Cut, tuple[int, int]]] = []
         self._dark: dict[int, Cut] = {}
@@ -146,6 +148,7 @@ class World:
                 self.registry.watch(engine)
         nodes = [VirtualNode(engine.index, engine) for engine in engines]
         self._nodes += nodes
+        self.engines += engines
         return nodes
 
     def crash(self, node: VirtualNode, at: float | None = None, *, power_lost: bool = False) -> None:
@@ -175,6 +178,7 @@ class World:
         offers = tuple(target.offer for target in old.targets)
         options = {"room": old.room, "window": old.window, "fanout_direct": old.fanout_direct}
         node.engine = type(old)(self._surroundings, node.index, offers, relay=old.relay, **options)
+        self.engines.append(node.engine)
         node.engine.start()
         self.registry.watch(node.engine)
 
@@ -573,7 +577,8 @@ class _Exploration:
         world.settle()
         sent = sum(world.network.sent.values())
         beats = sum(int(20 / entry.monitor) for entry in world.ledger if entry.monitor)
-        world.invariants.messages(sent, world.network.opened_links, beats)
+        probes = sum(engine.probes for engine in world.engines)
+        world.invariants.messages(sent, world.network.opened_links, beats, probes)
         servers = Counter(run.node for entry in world.ledger for run in entry.executions)
         summary = {
             "seed": world.seed,

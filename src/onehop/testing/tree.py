@@ -59,6 +59,7 @@ class VirtualTree:
         if isinstance(link, EngineLink) and not link.calls.full(len(request)):
             entry.asked.append((peer.id, engine.clock.now))
             section = wire.names(tree.SERVICE, "", tree.METHOD)
+            link.calls.begin(call)
             error = yield from engine.ask(link, call, 0, None, section, request, task)
         if not engine.dead:
             self._hear(entry, chunk, call, error)
@@ -116,6 +117,7 @@ class VirtualTree:
             engine.invariants.passed_on(body, peer.id, receiver.server)
             call = Call(wire.CAST, job.until, len(body))
             section = wire.names(job.service, receiver.server, job.method)
+            link.calls.begin(call)
             error = yield from engine.ask(link, call, wire.FANOUT, None, section, bytes(body), task)
             receipt = _receipt(call, error)
         told[receiver] = receipt

@@ -30,7 +30,7 @@ CASTS_UNDER_WAY = 64
 """Of one stream of casts, sent and not acknowledged."""
 HURRY = 1.0
 """Seconds a peer has to answer a hello before another is asked, where there is another."""
-RESUME = 0.25
+RESUME = 1.0
 """Seconds that a peer has to answer a hello where requests were sent over a connection that ended."""
 BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
@@ -197,10 +197,13 @@ class Caller(Connector):
             Whether it was sent.
         """
         call, link, peer = attempt.call, attempt.link, attempt.route.peer
+        if peer.link is link and link.over:  # whoever ended it told us first, and is about to note it
+            await self.wait_for(lambda: peer.link is not link, monotonic() + RESUME)
         if (
             call.outcome != LOST or not call.sent or link.ended is None or self.closed or flags & wire.STREAM
             or peer.record is None or peer.turn >= SHORTEST_TURN
             or (peer.failures > 1 and peer.link is None)  # that was tried already
+            or link.liveness.silent  # the network, or its host, is away
         ):  # fmt: skip
             return False
         try:
@@ -234,7 +237,7 @@ class Caller(Connector):
         Raises:
             PeerLost, CallTimeout, Rejected: it was not sent.
         """
-        attempt.route, attempt.record = route, route.peer.record
+        attempt.route = route
         link: Link | None = route.peer.link
         if link is None or not link.ready:
             candidates = self.protocol.routes.candidates(attempt.terms.service, attempt.terms.server)
@@ -356,9 +359,10 @@ class Caller(Connector):
         attempt.tried += (attempt.route,)
         attempt.error = error
         attempt.may_have_run |= error.executed == "unknown"
-        record, idempotent = attempt.record, terms.idempotent
+        idempotent = terms.idempotent
         if idempotent is None:
-            idempotent = record is not None and attempt.method in record.idempotent.get(terms.service, ())
+            # As its last record says: by now it may have none.
+            idempotent = attempt.method in attempt.route.peer.idempotent.get(terms.service, ())
         safe = error.executed == "no" or (idempotent and error.executed == "unknown")
         now = monotonic()
         if not safe or now >= attempt.until:

@@ -13,7 +13,7 @@ from onehop.errors import CallError, CallTimeout, NoRoute, PeerLost, Rejected
 from onehop.protocol import wire
 from onehop.protocol.calls import REJECTED, Call
 from onehop.protocol.inbox import Request
-from onehop.protocol.peers import Peer, RecordLike
+from onehop.protocol.peers import Peer
 from onehop.protocol.routes import Route, Routes
 from onehop.protocol.wire import Body
 from onehop.settings import Settings
@@ -86,7 +86,6 @@ class Attempt:
         route, link, call: of the server being tried now.
         tried: routes that failed in this round; ``error``: the last failure; ``pause``: seconds before another round.
         may_have_run: at a server tried before, which was lost.
-        record: of the peer when it was chosen; it may have none when the request has failed.
         seconds: how long it took, where that is asked for.
     """
 
@@ -102,14 +101,12 @@ class Attempt:
     pause: float = 0.05
     seconds: float = 0.0
     route: Route = field(init=False)
-    record: RecordLike | None = None
     link: Link = field(init=False)
     call: Call = field(init=False)
 
     def take(self, route: Route, link: Link, call: Call) -> None:
         """It goes to ``route`` now."""
         self.route, self.link, self.call, self.under_way = route, link, call, True
-        self.record = route.peer.record
         call.route = route
 
     def __str__(self) -> str:

@@ -1,0 +1,258 @@
+"""What a caller sees of servers that hang, of connections that end under its calls, and of others who ask too much."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import onehop
+from onehop import Node
+from onehop.errors import CallTimeout, PeerLost, Rejected
+from onehop.testing.memory import Network
+
+SOON = 6.0
+"""Seconds within which a server whose workers hang is avoided."""
+
+
+def state_of(calling: Any, serving: Any) -> str:
+    return next((peer.state for peer in calling.statistics().peers if peer.node == serving.id), "")
+
+
+# Each test takes seconds, since what it is about does: the threads over ZeroMQ, the loop over memory.
+@pytest.fixture(params=["blocking", "asyncio"])
+def face(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    if request.param == "blocking":
+        yield Node
+        return
+    with request.getfixturevalue("open_portal")("asyncio") as portal:
+        yield portal.node
+
+
+@pytest.fixture
+def node(face: Any, make_node: Callable[..., Any], network: Network) -> Callable[..., Any]:
+    """Makes nodes that know each other."""
+    return make_node if face is Node else lambda **settings: make_node(network=network, **settings)
+
+
+@pytest.fixture
+def network() -> Network:
+    return Network()
+
+
+@pytest.fixture
+def in_memory(make_node: Callable[..., Any], network: Network) -> Callable[..., Any]:
+    """Makes nodes on ``network``, whose connections can be cut."""
+    return lambda **settings: make_node(network=network, **settings)
+
+
+def cut(network: Network, serving: Any) -> None:
+    network.carrier.cut(network.endpoint(bytes.fromhex(serving.id)))
+
+
+# Who hangs ----------------------------------------------------------------------------------------
+
+
+def test_a_server_whose_workers_hang_is_not_asked_until_they_move_again(node, gate, background, eventually) -> None:
+    hung, well, calling = node(), node(), node()
+    hung.serve("clock", {"hold": gate.hold, "read": lambda: "hung"}, server="hung", workers=2)
+    well.serve("clock", {"read": lambda: "well"}, server="well")
+    client = calling.client("clock", timeout=60.0)
+    held = [background(client.at("hung").call, "hold", number) for number in range(2)]
+    gate.wait_entered(2)
+    eventually(lambda: state_of(calling, hung) == "stalled", SOON)
+    assert [client.call("read") for _ in range(20)] == ["well"] * 20
+    named = background(client.at("hung").call, "read")  # nobody else is asked in its place
+    gate.open.set()
+    assert named.result() == "hung"
+    assert sorted(each.result() for each in held) == [0, 1], "what it had taken it still answers"
+    eventually(lambda: state_of(calling, hung) == "ready", 5.0)
+    assert {client.call("read") for _ in range(20)} == {"hung", "well"}
+
+
+def test_where_everybody_hangs_they_are_asked_all_the_same(node, gate, background, eventually) -> None:
+    hung, calling = node(), node()
+    hung.serve("clock", {"hold": gate.hold, "read": lambda: "late"}, workers=1)
+    client = calling.client("clock", timeout=60.0)
+    held = background(client.call, "hold", 1)
+    gate.wait_entered()
+    eventually(lambda: state_of(calling, hung) == "stalled", SOON)
+    late = background(client.call, "read")
+    gate.open.set()
+    assert (held.result(), late.result()) == (1, "late")
+
+
+def test_a_long_call_does_not_make_a_server_stalled_that_has_a_worker_left(node, gate, background, eventually) -> None:
+    serving, calling = node(), node()
+    serving.serve("clock", {"hold": gate.hold}, workers=2)
+    client = calling.client("clock", timeout=60.0)
+    held = background(client.call, "hold", 1)
+    gate.wait_entered()
+    probed = calling.statistics().peers[0].sent
+    eventually(lambda: calling.statistics().peers[0].sent >= probed + 4, 10.0)  # two rounds of questions
+    eventually(lambda: calling.statistics().peers[0].in_flight == 1, 5.0)  # both were answered
+    assert state_of(calling, serving) == "ready"
+    gate.open.set()
+    assert held.result() == 1
+
+
+def test_a_listener_that_is_not_polled_is_stalled_and_one_that_is_polled_is_not(node, background, eventually) -> None:
+    serving, calling = node(), node()
+    listener = serving.listen("clock")
+    answer = background(calling.client("clock", timeout=60.0).call, "read")
+    eventually(lambda: state_of(calling, serving) == "stalled", SOON)
+    [incoming] = listener.poll(timeout=5.0)
+    waiting = background(listener.poll, 1, 5.0)  # in which the echo is answered
+    eventually(lambda: state_of(calling, serving) == "ready", 5.0)
+    incoming.reply_raw(b"\xc0")
+    assert answer.result() is None
+    assert waiting.result() == []
+
+
+def test_who_lets_one_call_after_the_other_time_out_is_not_asked_for_a_while(node, gate, eventually) -> None:
+    slow, well, calling = node(), node(), node()
+    slow.serve("clock", {"read": gate.hold}, server="slow", workers=16)
+    well.serve("clock", {"read": lambda: "well"}, server="well")
+    client = calling.client("clock", timeout=0.3)
+    calling.wait_for("clock", count=2)
+    outcomes: Counter[str] = Counter()
+    for _ in range(40):
+        try:
+            outcomes[client.call("read")] += 1
+        except CallTimeout as error:
+            outcomes[error.executed] += 1
+    assert outcomes["unknown"] == 5
+    assert outcomes["well"] == 35
+    assert state_of(calling, slow) == "stalled"
+
+
+# Connections that end under calls -----------------------------------------------------------------
+
+
+def test_a_call_goes_on_over_a_new_connection_and_runs_once(in_memory, network, gate, background) -> None:
+    serving, calling = in_memory(), in_memory()
+    serving.serve("clock", {"hold": gate.hold})
+    call = background(calling.client("clock", timeout=20.0).call, "hold", "four")
+    gate.wait_entered()
+    cut(network, serving)
+    for _ in range(2):
+        assert not gate.entered.acquire(timeout=0.5), "it ran a second time"
+    gate.open.set()
+    assert call.result() == "four"
+    assert gate.runs == 1
+    assert serving.statistics().received["resumed"] == 1
+    assert calling.statistics().outcomes["resumed"] == 1
+
+
+def test_many_calls_and_casts_go_on_over_one_new_connection(in_memory, network, gate, background, eventually) -> None:
+    serving, calling = in_memory(), in_memory()
+    serving.serve("clock", {"hold": gate.hold}, workers=4)
+    client = calling.client("clock", timeout=20.0)
+    calls = [background(client.call, "hold", number) for number in range(12)]
+    gate.wait_entered(4)
+    eventually(lambda: serving.statistics().taken == 12)
+    cut(network, serving)
+    eventually(lambda: serving.statistics().received.get("resumed") == 12)
+    gate.open.set()
+    assert [each.result() for each in calls] == list(range(12))
+    assert gate.runs == 12
+
+
+def test_a_call_that_was_answered_into_a_connection_that_ended_is_unknown(in_memory, network) -> None:
+    serving, calling = in_memory(), in_memory()
+    runs, endpoint = [], network.endpoint(bytes.fromhex(serving.id))
+
+    def read() -> str:
+        runs.append(1)
+        network.carrier.cut(endpoint)
+        return "lost"
+
+    serving.serve("clock", {"read": onehop.method(inline=True)(read)})
+    with pytest.raises((PeerLost, Rejected)) as caught:
+        calling.client("clock", timeout=5.0).call("read")
+    assert (caught.value.executed, len(runs)) == ("unknown", 1)
+
+
+def test_a_call_to_a_server_that_is_gone_is_lost_at_once(in_memory, gate, background) -> None:
+    serving, calling = in_memory(), in_memory()
+    serving.serve("clock", {"hold": gate.hold})
+    call = background(calling.client("clock", timeout=60.0).call, "hold")
+    gate.wait_entered()
+    serving.close()
+    with pytest.raises(PeerLost) as caught:
+        call.result(2.0)
+    assert caught.value.executed == "unknown"
+
+
+def test_an_idempotent_call_is_asked_of_another_although_the_record_went_first(in_memory, gate, background) -> None:
+    doomed, other, calling = in_memory(), in_memory(), in_memory()
+    doomed.serve("clock", {"hold": onehop.method(idempotent=True)(lambda value: gate.hold(value))}, server="doomed")
+    client = calling.client("clock", timeout=20.0)
+    call = background(client.call, "hold", "four")
+    gate.wait_entered()
+    other.serve("clock", {"hold": onehop.method(idempotent=True)(lambda value: value)}, server="other")
+    doomed.close()  # withdraws its record, then ends its connections
+    assert call.result() == "four"
+    assert calling.statistics().retried == 1
+
+
+# Others who ask too much --------------------------------------------------------------------------
+
+
+def test_one_who_asks_a_thousand_times_does_not_keep_another_waiting(node, background, eventually) -> None:
+    serving, flooding, calling = node(), node(), node()
+    order: list[str] = []
+    gate = threading.Event()
+
+    def work(who: str) -> None:
+        assert gate.wait(30.0)
+        order.append(who)
+
+    serving.serve("clock", {"work": work}, workers=1)
+    flood = [background(flooding.client("clock", timeout=60.0).call, "work", "flood") for _ in range(300)]
+    eventually(lambda: serving.statistics().taken == 300, 20.0)
+    quiet = background(calling.client("clock", timeout=60.0).call, "work", "quiet")
+    eventually(lambda: serving.statistics().taken == 301, 20.0)
+    assert serving.statistics().waiting == 300
+    gate.set()
+    quiet.result()
+    for each in flood:
+        each.result(30.0)
+    assert order.index("quiet") <= 20
+    assert len(order) == 301
+
+
+def test_casts_of_one_sender_stay_in_their_order_however_many_they_are(node, eventually) -> None:
+    serving, calling = node(), node()
+    seen: list[int] = []
+    serving.serve("clock", {"note": seen.append}, workers=1)
+    client = calling.client("clock")
+    for number in range(500):
+        client.cast("note", number)
+    eventually(lambda: len(seen) == 500, 10.0)
+    assert seen == list(range(500))
+
+
+def test_when_all_servers_are_full_retries_stay_within_the_budget(node, gate, background, eventually) -> None:
+    servers = [node(inbox_messages=1) for _ in range(3)]
+    for number, serving in enumerate(servers):
+        serving.serve("clock", {"hold": gate.hold}, server=f"s{number}", workers=1)
+    calling = node()
+    calling.wait_for("clock", count=3)
+    client = calling.client("clock", timeout=60.0)
+    held = [background(client.at(f"s{number}").call, "hold") for number in range(3)]
+    gate.wait_entered(3)
+    refused = 0
+    for _ in range(1_000):
+        with pytest.raises(Rejected):
+            client.call("hold")
+        refused += 1
+    statistics = calling.statistics()
+    assert statistics.retried < 0.2 * refused + 110, "ten seconds' worth may be used at once"
+    assert statistics.outcomes["not retried, beyond the budget"] > 500
+    gate.open.set()
+    for each in held:
+        each.result()
