@@ -21,7 +21,7 @@ import msgspec
 from onehop.errors import OnehopError
 from onehop.testing.chaos import plan
 from onehop.testing.chaos.plan import Fault
-from onehop.testing.chaos.programs import LEDGER, SERVICE, Job
+from onehop.testing.chaos.programs import LEDGER, NAME, SERVICE, Job
 from onehop.testing.hosts import Host, Hosts
 from onehop.testing.ledger import Ledger, Outage, read
 
@@ -174,7 +174,7 @@ class Cluster:
         argv = [*PROGRAM, role, msgspec.json.encode(job).decode()]
         if role == "server" and self._serve:
             argv = [*self._serve, "--name", SERVICE, "--server", name, "--workers", str(job.workers)]
-            env[LEDGER] = str(self.directory)
+            env |= {LEDGER: str(self.directory), NAME: name}
         return Program(name, argv, host=host, log=self._temporary / f"{name}.log", env=env)
 
     def _server(self, place: int) -> Program:
@@ -201,9 +201,17 @@ class Cluster:
         return self.began
 
     def rate(self, rate: float) -> None:
-        """So many requests a second, all callers together."""
-        for each in self.callers:
-            each.tell(f"rate {rate / len(self.callers):g}")
+        """So many requests a second, the callers of the beginning together."""
+        callers = self.callers[: self._counts[1]]
+        for each in callers:
+            each.tell(f"rate {rate / len(callers):g}")
+
+    def add_caller(self, **job: Any) -> Program:
+        """Another caller, which begins at once, with some fields of its job changed; on this host."""
+        self.callers.append(self._start("caller", f"caller-{len(self.callers) + 1}", None, **job))
+        self.callers[-1].wait_ready()
+        self.callers[-1].tell("go")
+        return self.callers[-1]
 
     def quiet(self) -> None:
         """The callers begin nothing more; returns when all they began has ended, and they have."""

@@ -7,6 +7,7 @@ closed, so none outlives the run. A server ends in order at SIGTERM.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -25,10 +26,11 @@ import onehop
 from onehop.testing.ledger import AGAIN, CALL, CAST, FAILED, REPLIED, TAKEN, VERBS, Pendulum, Writer
 
 SERVICE = "chaos"
+_PR_SET_PDEATHSIG = 1
 CATCH_UP = 0.1
 """Seconds of requests, at most, that a caller sends belatedly where it could not keep the pace."""
-LEDGER = "ONEHOP_CHAOS_LEDGER"
-"""The variable that says where the ledger is, for a :class:`Handlers` that another program serves."""
+LEDGER, NAME = "CHAOS_LEDGER", "CHAOS_NAME"
+"""The variables that say where the ledger is, and the process's name, to :class:`Handlers` in another program."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,11 +131,16 @@ class Onehop:
         self._node.close()
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends, even while it is stopped."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Handlers:
     """What servers run: each writes that it runs, then works for a while. Served by ``onehop serve``, too."""
 
     def __init__(self, writer: Writer | None = None, seconds: float = 0.0) -> None:
-        self._writer = writer or Writer(os.environ[LEDGER], f"serve-{os.getpid()}")
+        self._writer = writer or Writer(os.environ[LEDGER], os.environ[NAME])
         self._seconds = seconds
         self._lock = threading.Lock()
         self._locked = False
@@ -173,6 +180,14 @@ class Handlers:
         """Give it back."""
         self._locked = False
         self._lock.release()
+
+
+class Slow(Handlers):
+    """Handlers that work for a while, without arguments: for ``onehop serve``."""
+
+    def __init__(self) -> None:
+        die_with_parent()
+        super().__init__(seconds=0.02)
 
 
 class Load:
@@ -315,6 +330,7 @@ def caller(job: Job) -> None:
 
 def main() -> None:
     """One process: the role, and its :class:`Job` as JSON."""
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started us, who then closes our input
     {"server": server, "caller": caller}[sys.argv[1]](msgspec.json.decode(sys.argv[2], type=Job))
 
