@@ -19,7 +19,8 @@ import bisect
 import os
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple, Self
@@ -36,6 +37,8 @@ LATE = 0.1
 AROUND = 1.0
 """Seconds before and after an outage in which a request may have been with who was out: what it had taken in and not
 begun, and the time until its callers know."""
+HELD_UP = 0.1
+"""The part of its time that a process must have stood still in for a request to run out of it without an outage."""
 TICK, WORTH_TELLING = 0.02, 0.005
 """Seconds between two looks of a :class:`Pendulum`, and how late it must be to be written down."""
 
@@ -226,10 +229,19 @@ class Ledger:
         """Those that were sent, in the order of each caller."""
         return (each for each in self.entries.values() if each.began >= 0)
 
-    @property
-    def worst_stall(self) -> float:
-        """The longest time, in seconds, for which any process did not come to run: the noise of the machine."""
-        return max((late for part in self.parts for _, late in part.lates), default=0.0)
+    @cached_property
+    def in_order(self) -> list[Entry]:
+        """Those that were sent, in the order of time."""
+        return sorted(self.requests, key=lambda each: each.began)
+
+    def undisturbed(self, outages: Iterable[Outage]) -> list[Part]:
+        """The parts of processes that nobody struck."""
+        struck = {each.pid for each in outages}
+        return [each for each in self.parts if each.pid not in struck]
+
+    def worst_stall(self, outages: Iterable[Outage] = ()) -> float:
+        """The longest time, in seconds, for which a process that nobody struck did not come to run."""
+        return max((late for part in self.undisturbed(outages) for _, late in part.lates), default=0.0)
 
     @property
     def torn(self) -> int:
@@ -253,11 +265,16 @@ class Ledger:
         outages = list(outages)
         of_callers = {(each.name, each.pid) for each in outages if each.lethal}
         found = list(self.wrong)
+        undisturbed = self.undisturbed(outages)
+
+        def held_up(entry: Entry) -> float:
+            return max((part.stalled(entry.began, entry.ended) for part in undisturbed), default=0.0)
+
         for entry in self.entries.values():
             if entry.began < 0:
                 found.append(f"it was run and nobody sent it: {entry.told()}")
                 continue
-            found += [f"{each}: {entry.told()}" for each in _of_outcome(entry, outages, of_callers)]
+            found += [f"{each}: {entry.told()}" for each in _of_outcome(entry, outages, of_callers, held_up)]
             found += [f"{each}: {entry.told()}" for each in _of_execution(entry, outages)]
         return found
 
@@ -277,7 +294,9 @@ class Ledger:
         return list({id(each.part): each.part for each in self.requests}.values())
 
 
-def _of_outcome(entry: Entry, outages: list[Outage], killed: set[tuple[str, int]]) -> Iterator[str]:
+def _of_outcome(
+    entry: Entry, outages: list[Outage], killed: set[tuple[str, int]], held_up: Callable[[Entry], float]
+) -> Iterator[str]:
     """That each request ends, once, in time, and as what it should."""
     if entry.ends == 0:
         if (entry.part.name, entry.part.pid) not in killed:
@@ -293,8 +312,9 @@ def _of_outcome(entry: Entry, outages: list[Outage], killed: set[tuple[str, int]
         yield f"it ended {late:.3f} s too late"
     if entry.outcome not in OUTCOMES or entry.executed not in ("yes", "no", "unknown"):
         yield "its outcome is none of those that there are"
-    elif entry.outcome == FAILED and entry.executed == "unknown" and not _explained(entry, outages):
-        yield "its outcome is unknown, and nobody who may have had it was out"
+    elif entry.outcome == FAILED and entry.executed == "unknown":
+        if not _explained(entry, outages) and held_up(entry) < entry.timeout * HELD_UP:
+            yield "its outcome is unknown, and nobody who may have had it was out"
 
 
 def _of_execution(entry: Entry, outages: list[Outage]) -> Iterator[str]:

@@ -294,9 +294,10 @@ def server(job: Job) -> None:
     }
     threading.Thread(target=words, args=(lambda word: does[word](),), daemon=True).start()
     print("ready", flush=True)
-    while not stop.wait(60.0):
-        pass
-    drained = end()
+    with Pendulum(writer):
+        while not stop.wait(60.0):
+            pass
+        drained = end()
     write_counts(job, {**messages.counts(), "drained": drained})
     messages.close()
     os._exit(0 if drained else 1)  # standard input is still read, which an ordinary end would wait for
