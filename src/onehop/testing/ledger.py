@@ -312,9 +312,13 @@ def _of_outcome(
         yield f"it ended {late:.3f} s too late"
     if entry.outcome not in OUTCOMES or entry.executed not in ("yes", "no", "unknown"):
         yield "its outcome is none of those that there are"
-    elif entry.outcome == FAILED and entry.executed == "unknown":
-        if not _explained(entry, outages) and held_up(entry) < entry.timeout * HELD_UP:
-            yield "its outcome is unknown, and nobody who may have had it was out"
+    elif (
+        entry.outcome == FAILED
+        and entry.executed == "unknown"
+        and not _explained(entry, outages)
+        and held_up(entry) < entry.timeout * HELD_UP
+    ):
+        yield "its outcome is unknown, and nobody who may have had it was out"
 
 
 def _of_execution(entry: Entry, outages: list[Outage]) -> Iterator[str]:
