@@ -149,9 +149,11 @@ class Runner:
                     body = payload.encode(result)
                     if len(body) > self.settings.max_message:
                         raise too_large(body, self.settings)
-                    frame = wire.answer(wire.REPLY, 0, request.id, body, len(queue.tasks))
+                    frame = wire.answer(wire.REPLY, 0, request.id, body, len(queue.tasks) + queue.held)
         except BaseException as error:  # SystemExit too: it is the handler's doing, and its caller waits
-            frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(queue.tasks))
+            frame = wire.answer(
+                wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(queue.tasks) + queue.held
+            )
             if request.kind == wire.CAST:
                 self.note_failed(request, error)
         finally:

@@ -55,7 +55,9 @@ class Settings:
     inbox_messages: int = _setting(10_000, "requests taken in and not answered, at most")
     inbox_bytes: int = _setting(256 * 1024 * 1024, "bytes of requests taken in and not answered, at most")
     window_messages: int = _setting(4_096, "requests under way to one peer, at most")
-    window_bytes: int = _setting(64 * 1024 * 1024, "bytes of large requests under way to one peer, at most")
+    window_bytes: int = _setting(
+        8 * 1024 * 1024, "bytes of requests under way to one peer, at most; a larger one goes alone"
+    )
     subset: int = _setting(12, "nodes of a service among which a client's calls go round, at least")
     idle_timeout: float = _setting(600.0, "how long an unused connection is kept, in seconds, give or take a fifth")
     relay: bool = _setting(True, "pass fan-outs to very many receivers on for others")

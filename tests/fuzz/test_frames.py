@@ -76,7 +76,7 @@ class Servant:
         moved: list[Request] = []
         inbox.receive(identity, frame, second, now, moved)
         counted = (sum(inbox.counts.values()), sum(inbox.refused.values())) != before
-        if not (counted or moved or inbox.outgoing):
+        if not (counted or moved or inbox.outgoing or inbox.echoes):
             # Legal without a trace: what met its answer under way, and a farewell of one who asked nothing.
             assert wire.header(frame).kind in (wire.CREDIT, wire.CANCEL, wire.GOODBYE)
         try:
@@ -89,6 +89,9 @@ class Servant:
             if head.kind >= wire.FIRST_FOR_CALLS:
                 assert inbox.counts["bad frames"] == bad + 1
         self.taken += any(not request.cancelled for request in moved)
+        for request in inbox.echoes:
+            request.sender.echo = False  # a worker answers it
+        inbox.echoes.clear()
         for _, answer in inbox.outgoing:
             wire.header(answer if isinstance(answer, bytes) else answer[0])
         inbox.outgoing.clear()
@@ -102,6 +105,7 @@ class Servant:
         inbox = self.inbox
         assert len(inbox._addresses) <= ADDRESSES_KEPT
         assert all(len(window._missing) <= 2 * inbox.reach for window in inbox._windows.values())
+        assert all(len(window.connections) <= inbox.messages for window in inbox._windows.values())
         return {
             "taken": len(inbox.taken),
             "senders": len(inbox.senders),

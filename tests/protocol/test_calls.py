@@ -67,15 +67,51 @@ def test_window_is_full_at_its_number_of_calls_and_has_room_again_when_one_ends(
     assert not table.full(0)
 
 
-def test_large_frames_are_bounded_together_and_small_ones_by_number_only() -> None:
+def test_bodies_are_bounded_together_and_the_small_ones_by_their_number() -> None:
     large = wire.SECOND_FRAME_FROM
-    table = CallTable(large_bytes=3 * large)
+    table = CallTable(size=4 * large)
     begun(table, size=2 * large)
     begun(table, size=large - 1)
     assert not table.full(large)
+    table = CallTable(size=4 * large)
+    begun(table, size=3 * large)
     assert table.full(large + 1)
-    assert not table.full(large - 1)
-    assert CallTable(large_bytes=large).full(large + 1), "even alone"
+    assert not table.full(4 * large // 2 // 4096)
+
+
+def test_one_that_is_larger_than_all_may_be_goes_alone() -> None:
+    table = CallTable(size=1_000_000)
+    table.begin(Call(wire.PING))
+    assert not table.full(9_000_000)
+    begun(table, size=9_000_000)
+    assert table.full(100_000)
+
+
+@pytest.mark.parametrize("size", [100, 1_024, 10_000, 65_535, 65_536, 500_000])
+def test_whatever_their_size_bodies_under_way_stay_within_the_window(size: int) -> None:
+    table = CallTable()
+    while not table.full(size):
+        begun(table, size=size)
+    under_way = sum(call.size for call in table.pending.values())
+    assert under_way <= table.size
+    assert under_way > table.size - size - 65_536 or len(table.pending) == table.messages
+    for _ in range(1_000):  # one comes when another ends: it goes on
+        table.pending.popitem()
+        assert not table.full(size)
+        begun(table, size=size)
+    assert sum(call.size for call in table.pending.values()) <= table.size
+
+
+def test_a_call_is_resumed_under_its_old_number() -> None:
+    numbers = count(1)
+    old = CallTable(numbers)
+    call = begun(old)
+    old.lose("it ended")
+    new, again = CallTable(numbers), Call(wire.REQUEST)
+    new.resume(again, call.id)
+    assert receive(new, reply(again, b"four")) == [again]
+    assert again.body == b"four"
+    assert begun(new).id > call.id
 
 
 # Ending -------------------------------------------------------------------------------------------

@@ -975,3 +975,227 @@ def test_room_is_given_back_exactly_and_nothing_runs_twice_whatever_happens(step
         assert inbox.finish(request)
     assert (inbox.taken_bytes, inbox._beats) == (0, {})
     assert not any(sender.calls for sender in inbox.senders.values())
+
+
+# Echoes -------------------------------------------------------------------------------------------
+
+
+def echo(id: int, service: str = "clock", server: str = "") -> bytes:
+    return wire.echo(id, wire.names(service, server, "read"))
+
+
+@pytest.mark.parametrize("server", ["", "a"])
+def test_an_echo_is_left_to_a_worker_of_the_instance_it_names(talk: Any, server: str) -> None:
+    talk.carry(echo(7, server=server))
+    [request] = talk.inbox.echoes
+    assert (request.kind, request.id, request.target, request.names) == (
+        wire.PING, 7, talk.queue, ("clock", server, ""),
+    )  # fmt: skip
+    assert request.cancelled, "it never runs"
+    assert not talk.inbox.outgoing
+    assert not talk.inbox.taken, "it takes nobody's room"
+
+
+def test_an_echo_goes_to_the_instance_where_most_waits(talk: Any) -> None:
+    talk.offer("clock", "b").waiting = 3
+    talk.carry(echo(7))
+    [request] = talk.inbox.echoes
+    assert len(request.target) == 3
+
+
+def test_a_second_echo_is_passed_over_while_a_worker_owes_the_first_and_that_is_counted(talk: Any) -> None:
+    for id in (7, 8):
+        talk.carry(echo(id))
+    assert [request.id for request in talk.inbox.echoes] == [7]
+    assert talk.inbox.counts["echoes beside another"] == 1
+    talk.inbox.echoes[0].sender.echo = False  # it was answered
+    talk.carry(echo(9))
+    assert [request.id for request in talk.inbox.echoes] == [7, 9]
+
+
+@pytest.mark.parametrize("frame", [wire.pack(wire.PING, id=7), echo(7, "lock"), echo(7, server="b")])
+def test_a_ping_and_an_echo_for_nobody_are_answered_at_once(talk: Any, frame: bytes) -> None:
+    talk.carry(frame)
+    assert talk.inbox.outgoing == [(b"\0conn", wire.pack(wire.PONG, id=7))]
+    assert not talk.inbox.echoes
+
+
+def test_an_echo_before_hello_is_answered_at_once(strangers: Any) -> None:
+    strangers.carry(echo(7))
+    assert strangers.inbox.outgoing == [(b"\0conn", wire.pack(wire.PONG, id=7))]
+
+
+@pytest.mark.parametrize("frame", [echo(7)[:-1], echo(7)[:17], wire.HEADER.pack(wire.PING, 0, 3, 0, 7) + b"abc"])
+def test_an_echo_whose_address_cannot_be_read_is_dropped_and_counted(talk: Any, frame: bytes) -> None:
+    talk.carry(frame)
+    assert talk.inbox.counts["bad frames"] == 1
+    assert not talk.inbox.echoes
+    assert not talk.inbox.outgoing
+
+
+# Room for several callers -------------------------------------------------------------------------
+
+FLOOD = b"\0flood"
+
+
+def connect_too(talk: Any, identity: bytes = FLOOD, node: bytes = OTHER) -> None:
+    talk.carry(hello_of(node), identity=identity)
+    talk.inbox.outgoing.clear()
+
+
+def flood(talk: Any, number: int, first: int = 1, identity: bytes = FLOOD, **details: Any) -> int:
+    """So many requests of another caller; how many were taken in."""
+    before = len(talk.inbox.taken)
+    for id in range(first, first + number):
+        talk.carry(talk.frame(id, **details), identity=identity)
+    return len(talk.inbox.taken) - before
+
+
+@pytest.mark.parametrize("kind", [wire.REQUEST, wire.CAST])
+def test_one_of_several_callers_leaves_room_for_the_others(converse: Any, kind: int) -> None:
+    talk = converse(messages=90)
+    connect_too(talk)
+    assert flood(talk, 1_000, kind=kind) == 80
+    assert talk.inbox.refused == {"full": 920}
+    assert all(talk.request().outcome is None for _ in range(5))
+    assert len(talk.inbox.taken) == 85
+
+
+def test_room_that_comes_free_is_for_those_who_have_little(converse: Any) -> None:
+    talk = converse(messages=90)
+    connect_too(talk)
+    flood(talk, 1_000)
+    for _ in range(20):
+        talk.request()
+    assert len(talk.inbox.taken) == 90
+    for request in list(talk.inbox.taken)[:5]:
+        talk.inbox.finish(request)
+    assert flood(talk, 100, first=2_000) == 0
+    talk.request()
+    assert len(talk.inbox.taken) == 86
+
+
+def test_a_caller_alone_has_all_the_room(converse: Any) -> None:
+    talk = converse(messages=90)
+    for _ in range(100):
+        talk.request()
+    assert len(talk.inbox.taken) == 90
+
+
+def test_large_requests_of_one_leave_room_in_bytes_for_the_others(converse: Any) -> None:
+    talk = converse(size=90_000)
+    connect_too(talk)
+    flood(talk, 1_000, body=bytes(900))
+    assert 80_000 < talk.inbox.taken_bytes < 83_000
+    talk.request(body=bytes(5_000))
+    assert len(talk.moved) == len(talk.inbox.taken)
+    assert talk.moved[-1].sender.node == talk.caller.id
+
+
+@given(st.data())
+def test_what_each_caller_has_taken_is_known_whatever_happens(data: st.DataObject) -> None:
+    from tests.protocol.conftest import Conversation
+
+    talk = Conversation(messages=20, reach=64)
+    talk.connect()
+    numbers = {IDENTITY: 0, FLOOD: 0}
+    connect_too(talk)
+    for step in data.draw(st.lists(st.sampled_from(["call", "cast", "finish", "again", "leave"]), max_size=60)):
+        identity = data.draw(st.sampled_from([IDENTITY, FLOOD]))
+        if step in ("call", "cast"):
+            numbers[identity] += 1
+            talk.carry(talk.frame(numbers[identity], wire.CAST if step == "cast" else wire.REQUEST), identity=identity)
+        elif step == "again" and numbers[identity]:
+            talk.carry(talk.frame(data.draw(st.integers(1, numbers[identity]))), identity=identity)
+        elif step == "finish" and talk.inbox.taken:
+            talk.inbox.finish(data.draw(st.sampled_from(list(talk.inbox.taken))))
+        elif step == "leave":
+            talk.inbox.gone(identity)
+            talk.carry(hello_of(OTHER if identity == FLOOD else talk.caller.id), identity=identity)
+        senders = {id(request.sender): request.sender for request in talk.inbox.taken}
+        senders |= {id(each): each for each in talk.inbox.senders.values()}
+        for sender in senders.values():
+            mine = [request for request in talk.inbox.taken if request.sender is sender]
+            assert (sender.taken, sender.taken_bytes) == (len(mine), sum(request.size for request in mine))
+            assert {r.id for r in mine if r.kind == wire.REQUEST} == sender.calls.keys()
+
+
+# Coming back for what was asked -------------------------------------------------------------------
+
+AGAIN_HERE = b"\0again"
+
+
+def come_back(talk: Any) -> None:
+    """The caller's connection ends, and it says hello on another."""
+    talk.inbox.gone(IDENTITY)
+    talk.carry(hello_of(talk.caller.id), identity=AGAIN_HERE)
+    talk.inbox.outgoing.clear()
+
+
+def test_a_call_that_runs_when_its_caller_comes_back_for_it_is_answered_where_the_caller_is_now(talk: Any) -> None:
+    talk.request(monitor=1.0)
+    [request] = talk.moved
+    come_back(talk)
+    assert request.cancelled
+    talk.carry(talk.frame(1, monitor=1.0), identity=AGAIN_HERE)
+    assert talk.moved == [request], "it does not run a second time"
+    assert (request.identity, request.cancelled) == (AGAIN_HERE, False)
+    assert not talk.inbox.outgoing
+    assert talk.inbox.counts["resumed"] == 1
+    talk.inbox.handle_timer(5.0)
+    assert talk.inbox.outgoing == [(AGAIN_HERE, wire.pack(wire.PROGRESS, id=1))]
+    assert talk.inbox.finish(request)
+    assert not talk.inbox.senders[AGAIN_HERE].calls
+
+
+def test_a_caller_may_come_back_before_its_old_connection_is_known_to_have_ended(talk: Any) -> None:
+    talk.request()
+    [request] = talk.moved
+    talk.carry(hello_of(talk.caller.id), identity=AGAIN_HERE)
+    talk.carry(talk.frame(1), identity=AGAIN_HERE)
+    assert talk.inbox.gone(IDENTITY) == []
+    assert (request.identity, request.cancelled) == (AGAIN_HERE, False)
+
+
+def test_a_call_that_never_arrived_runs_when_its_caller_comes_back(talk: Any) -> None:
+    talk.begin()
+    come_back(talk)
+    talk.carry(talk.frame(1), identity=AGAIN_HERE)
+    [request] = talk.moved
+    assert request.identity == AGAIN_HERE
+
+
+def test_a_call_that_was_answered_is_a_duplicate_when_its_caller_comes_back(talk: Any) -> None:
+    talk.request()
+    [request] = talk.moved
+    talk.inbox.finish(request)
+    come_back(talk)
+    talk.carry(talk.frame(1), identity=AGAIN_HERE)
+    assert len(talk.moved) == 1
+    [(_, frame)] = talk.inbox.outgoing
+    assert wire.rejection(frame)[0] == "duplicate"
+
+
+def test_a_cast_that_was_taken_in_is_acknowledged_again_when_its_caller_comes_back(talk: Any) -> None:
+    talk.request(wire.CAST)
+    come_back(talk)
+    talk.carry(talk.frame(1, wire.CAST), identity=AGAIN_HERE)
+    assert len(talk.moved) == 1
+    assert talk.inbox.outgoing == [(AGAIN_HERE, wire.ack([1]))]
+
+
+def test_nobody_gets_the_answer_to_anothers_call_by_its_number(talk: Any) -> None:
+    talk.request()
+    talk.inbox.gone(IDENTITY)
+    connect_too(talk)
+    talk.carry(talk.frame(1), identity=FLOOD)
+    first, second = talk.moved
+    assert (first.identity, second.identity) == (IDENTITY, FLOOD)
+
+
+def test_a_caller_that_comes_and_goes_leaves_nothing_behind(talk: Any) -> None:
+    window = talk.inbox.senders[IDENTITY].window
+    for number in range(100):
+        talk.carry(hello_of(talk.caller.id), identity=b"%d" % number)
+        talk.inbox.gone(b"%d" % number)
+    assert len(window.connections) <= 2

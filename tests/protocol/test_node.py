@@ -33,7 +33,7 @@ def test_both_ends_know_each_other_after_a_hello(talk: Any) -> None:
 def test_hello_names_who_is_wanted_and_where_numbers_begin(strangers: Any) -> None:
     frame = strangers.caller.connect(strangers.peer, 0.0)
     hello = wire.parse_hello(frame)
-    assert hello == wire.Hello(strangers.caller.id, strangers.server.id, host="h1", first=1)
+    assert hello == wire.Hello(strangers.caller.id, strangers.server.id, features=wire.ECHO, host="h1", first=1)
     assert not wire.header(frame).flags & wire.ANSWER
 
 
@@ -48,7 +48,7 @@ def test_peer_that_is_connected_is_not_connected_to_again(talk: Any) -> None:
 def test_window_of_the_node_holds_on_every_connection(converse: Callable[..., Any]) -> None:
     talk = converse(window_messages=3, window_bytes=10**6)
     for _ in range(2):
-        assert (talk.peer.calls.messages, talk.peer.calls.large_bytes) == (3, 10**6)
+        assert (talk.peer.calls.messages, talk.peer.calls.size) == (3, 10**6)
         talk.lose()
         talk.connect(100.0)
 
@@ -271,3 +271,32 @@ def test_a_server_started_anew_is_a_route_again_when_our_turn_has_come() -> None
     assert node.routes.of("clock") == ()
     assert node.handle_timer(6.1) == [], "nothing is wrong with it: who needs it connects"
     assert [route.peer.id for route in node.routes.of("clock")] == [(2).to_bytes(16, "big")]
+
+
+def test_a_peer_that_does_not_answer_is_a_route_only_where_there_is_no_other(talk: Any) -> None:
+    node, other = talk.caller, b"another-server-1"
+    node.learn([talk.record(), talk.record(node=other.hex())])
+    assert node.judged(talk.peer, False, 0.0)
+    assert not node.judged(talk.peer, False, 0.0), "that is no news"
+    assert [route.peer.id for route in node.routes.candidates("clock")] == [other]
+    assert len(node.receivers("clock")) == 2, "a fan-out is for everybody"
+    node.learn([talk.record()])
+    assert [route.peer for route in node.routes.candidates("clock")] == [talk.peer]
+    assert [route.peer for route in node.routes.candidates("clock", "a")] == [talk.peer]
+    node.learn([talk.record(), talk.record(node=other.hex())])
+    assert node.judged(talk.peer, True, 0.0)
+    assert len(node.routes.candidates("clock")) == 2
+
+
+def test_retries_of_a_node_are_counted_over_all_that_it_sends(talk: Any) -> None:
+    talk.request()
+    granted = 0
+    while talk.caller.may_retry(0.0):
+        granted += 1
+    assert granted >= 10
+    assert not talk.caller.may_retry(0.05)
+    assert talk.caller.may_retry(1.0)
+
+
+def test_an_answer_to_a_hello_tells_which_features_the_peer_has(talk: Any) -> None:
+    assert talk.peer.features == wire.ECHO

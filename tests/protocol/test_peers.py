@@ -17,12 +17,13 @@ from onehop.registry.hosts import RETURNS_A_SECOND
 
 EVENTS = [
     states.CONNECT, states.HELLO, states.GOODBYE, states.LOST, states.FORGOTTEN,
-    states.IDLE, states.REPLACED, states.HELD_BACK, states.RESTED,
+    states.IDLE, states.REPLACED, states.HELD_BACK, states.RESTED, states.SILENT, states.ANSWERED,
 ]  # fmt: skip
 WAYS = {
     states.KNOWN: [],
     states.CONNECTING: [states.CONNECT],
     states.READY: [states.CONNECT, states.HELLO],
+    states.STALLED: [states.CONNECT, states.HELLO, states.SILENT],
     states.DRAINING: [states.CONNECT, states.HELLO, states.GOODBYE],
     states.RESTING: [states.CONNECT, states.LOST],
     states.GONE: [states.FORGOTTEN],
@@ -223,12 +224,13 @@ def test_peer_that_failed_is_usable_again_when_it_has_answered_and_not_before() 
 
 def test_connection_that_ends_leaves_its_calls_behind_and_the_numbers_go_on() -> None:
     peers, peer = in_state(states.READY)
-    peer.calls.messages, peer.calls.large_bytes, peer.calls.late, peer.calls.load = 7, 8, 3, 5
+    peer.calls.bound(7, 8)
+    peer.calls.late, peer.calls.load = 3, 5
     old = peer.calls
     assert [begin(peer) for _ in range(3)] == [1, 2, 3]
     peers.event(peer, states.LOST)
     assert peer.calls is not old
-    assert (peer.calls.messages, peer.calls.large_bytes, peer.calls.late) == (7, 8, 3)
+    assert (peer.calls.messages, peer.calls.size, peer.calls.late) == (7, 8, 3)
     assert peer.calls.load == 0, "of what waits there now nothing is known"
     assert len(old.pending) == 3
     assert not peer.calls.pending

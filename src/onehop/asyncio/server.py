@@ -248,7 +248,7 @@ class Listener:
         found: list[Incoming] = []
         while len(found) < limit:
             try:
-                request = queue.tasks.popleft()
+                request = queue.pop()
             except IndexError:
                 if found or queue.stopped or monotonic() >= until:  # only the first is waited for
                     break
@@ -282,4 +282,4 @@ class Listener:
         """:meth:`stop`, and refuse what was not polled. May be called twice."""
         await self.stop()
         while not self._engine.inherited and self._queue.tasks:
-            self._queue.inbound.refuse(self._queue.tasks.popleft(), "draining")
+            self._queue.inbound.refuse(self._queue.pop(), "draining")

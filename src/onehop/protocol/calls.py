@@ -72,20 +72,35 @@ class CallTable:
     Args:
         numbers: where numbers come from. It outlives the link: a peer's window knows a request by the caller's
             node id and this number, so a new link to the same peer must go on where the old one stopped.
-        messages: calls under way at most.
-        large_bytes: bytes of large frames under way at most; small ones are bounded by ``messages`` already.
+        messages, size: calls under way at most, and the bytes of their bodies; one that is larger goes alone.
+
+    Attributes:
+        plenty, small: while fewer calls than this are under way, and for bodies up to so many bytes, there is room
+            without adding up: together they take no more than ``size``.
+        replies: how many came.
+        load: requests that wait at the peer, as it told last.
+        late: answers that came when their call had ended.
+        last: the number drawn last.
     """
 
-    __slots__ = ("large_bytes", "last", "late", "load", "messages", "numbers", "pending")
+    __slots__ = (
+        "_room", "last", "late", "load", "messages", "numbers", "pending", "plenty", "replies", "size", "small",
+    )  # fmt: skip
 
-    def __init__(self, numbers: Iterator[int] | None = None, *, messages: int = 4096, large_bytes: int = 1 << 26):
+    def __init__(self, numbers: Iterator[int] | None = None, *, messages: int = 4096, size: int = 1 << 23):
         self.pending: dict[int, Call] = {}
         self.numbers = numbers if numbers is not None else count(1)
-        self.messages = messages
-        self.large_bytes = large_bytes
+        self.bound(messages, size)
         self.load = 0
+        self.replies = 0
         self.late = 0
         self.last = 0
+
+    def bound(self, messages: int, size: int) -> None:
+        """Set what may be under way."""
+        self.messages, self.size = messages, size
+        self.plenty, self.small = min(messages, size // 2 // wire.SECOND_FRAME_FROM), size // 2 // messages
+        self._room = 0
 
     def begin(self, call: Call) -> int:
         """Register ``call`` and return its number, from which its frame is made."""
@@ -93,14 +108,25 @@ class CallTable:
         self.pending[number] = call
         return number
 
+    def resume(self, call: Call, number: int) -> None:
+        """Register ``call`` under the number of a call of a connection that has ended, whose request it is."""
+        call.id = number
+        self.pending[number] = call
+
     def full(self, size: int) -> bool:
         """Whether one more request of ``size`` bytes would pass the window."""
         if len(self.pending) >= self.messages:
             return True
-        if size < wire.SECOND_FRAME_FROM:
+        if size <= self.small or (len(self.pending) < self.plenty and size < wire.SECOND_FRAME_FROM):
             return False
-        under_way = sum(call.size for call in list(self.pending.values()) if call.size >= wire.SECOND_FRAME_FROM)
-        return under_way + size > self.large_bytes
+        # Added up now and then: when all that there was room for at the last time may be used up.
+        self._room -= size
+        if self._room < 0:
+            sizes = [call.size for call in list(self.pending.values())]
+            self._room = self.size - sum(sizes) - size
+            if self._room < 0:
+                return any(sizes)
+        return False
 
     def give_up(self, call: Call) -> bool:
         """Forget ``call``; False when its outcome came first (or is being written at this moment).
@@ -132,6 +158,7 @@ class CallTable:
                         and call.kind == wire.REQUEST and pending.pop(id, None) is not None
                     ):  # fmt: skip
                         self.load = extent
+                        self.replies += 1
                         call.body = frame[wire.HEADER_SIZE :]
                         call.outcome = REPLIED
                         moved.append(call)
@@ -171,6 +198,7 @@ class CallTable:
             if call is not None and call.kind != wire.REQUEST:
                 raise WireError(f"a reply to {id}, which is no request")
             self.load = extent
+            self.replies += 1
             if call is None or self.pending.pop(id, None) is None:
                 # Legal (wire 3.5): the call timed out here while the reply was on its way.
                 self.late += 1

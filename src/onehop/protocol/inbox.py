@@ -29,6 +29,8 @@ WINDOW_KEPT = 600.0
 ADDRESSES_KEPT = 4096
 WINDOWS_KEPT = 65_536
 """At most; beyond them the oldest go."""
+SHARE = 8
+"""One of several callers may have so many times the requests taken in for which there is room left."""
 
 
 NEW = "new"
@@ -49,9 +51,10 @@ class Window:
 
     Attributes:
         next: the number that comes if nothing is missing or late.
+        connections: on which they come; those that ended too, while something that came on them is not finished.
     """
 
-    __slots__ = ("_first", "_missing", "_reach", "next", "seen")
+    __slots__ = ("_first", "_missing", "_reach", "connections", "next", "seen")
 
     def __init__(self, reach: int, first: int = 1) -> None:
         self._first = first
@@ -59,6 +62,7 @@ class Window:
         self._missing: set[int] = set()
         self._reach = reach
         self.seen = 0.0
+        self.connections: list[Sender] = []
 
     def take(self, number: int) -> str:
         """Take ``number`` in; NEW at most once for each."""
@@ -86,15 +90,20 @@ class Sender:
 
     Attributes:
         calls: the requests (not casts) taken in from it and not answered, by number.
+        taken, taken_bytes: requests taken in from it and not finished, and their bytes.
+        echo: whether a worker owes it an answer to an echo.
+        over: whether it has ended.
     """
 
-    __slots__ = ("calls", "heard", "host", "node", "window")
+    __slots__ = ("calls", "echo", "heard", "host", "node", "over", "taken", "taken_bytes", "window")
 
     def __init__(self, node: bytes, host: str, window: Window, heard: float) -> None:
         self.node = node
         self.host = host
         self.window = window
         self.heard = heard
+        self.taken = self.taken_bytes = 0
+        self.echo = self.over = False
         self.calls: dict[int, Request] = {}
 
 
@@ -107,7 +116,7 @@ class Request:
         deadline: when its caller gives up, on this node's clock; None for never.
         monitor: seconds within which the caller wants a sign of life; None for none.
         granted: of a stream, how many items its reader has asked for so far.
-        cancelled: the caller gave up, or is gone.
+        cancelled: the caller gave up, or is gone; it must not run. So it is with an echo from its beginning.
         answered: a reply was made; nothing is owed any more.
         queued: the engine's; it has been given to its target.
         target: the engine's; which instance it is for.
@@ -173,7 +182,9 @@ class Inbox:
     Args:
         node: this node's id.
         realm: hellos of another realm are refused.
-        messages, size: requests (and their bytes) taken in and not finished, at most.
+        messages, size: requests (and their bytes) taken in and not finished, at most. Where several callers are
+            connected, one has up to ``SHARE`` times of what the room is at that moment, so that there is always some
+            left for the others.
         reach: of the duplicate windows.
         release: the version of onehop, said in the answer to a hello.
     """
@@ -190,14 +201,17 @@ class Inbox:
         release: str = "",
     ) -> None:
         self.node = node
-        self.answer = Hello(node, b"\0" * 16, host=host, realm=realm, release=release)
+        self.answer = Hello(node, b"\0" * 16, features=wire.FEATURES, host=host, realm=realm, release=release)
         self.messages = messages
         self.size = size
         self.reach = reach
+        # Below these nobody can have more than his share.
+        self._roomy, self._roomy_bytes = messages * SHARE // (SHARE + 1), size * SHARE // (SHARE + 1)
         self.draining = False
         self.taken: dict[Request, None] = {}
         self.taken_bytes = 0
         self.outgoing: list[tuple[bytes, Frame]] = []
+        self.echoes: list[Request] = []
         self.refused: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.senders: dict[bytes, Sender] = {}
@@ -260,7 +274,7 @@ class Inbox:
                 if (
                     known is None or sender is None or flags or body is not None or not remaining or len(frame) < start
                     or (kind != request_kind and kind != wire.CAST) or id != sender.window.next
-                    or len(taken) >= self.messages or taken_bytes > self.size
+                    or len(taken) >= self._roomy or taken_bytes > self._roomy_bytes
                 ):  # fmt: skip
                     self._receive(identity, frame, body, now, moved, acks)
                     continue
@@ -271,6 +285,8 @@ class Inbox:
                 request = Request(identity, sender, kind, id, names, frame[start:], deadline, len(frame), target)
                 taken[request] = None
                 self.taken_bytes = taken_bytes
+                sender.taken += 1
+                sender.taken_bytes += len(frame)
                 moved.append(request)
                 if kind == request_kind:
                     sender.calls[id] = request
@@ -294,7 +310,7 @@ class Inbox:
             elif kind == wire.HELLO:
                 self._hello(identity, wire.parse_hello(frame), now)
             elif kind == wire.PING:
-                self.outgoing.append((identity, wire.pack(wire.PONG, id=head.id)))
+                self._ping(identity, frame, head)
             elif kind == wire.CREDIT or kind == wire.CANCEL:
                 self._control(identity, head, moved)
             elif kind == wire.GOODBYE:
@@ -325,8 +341,28 @@ class Inbox:
                     del self._windows[next(iter(self._windows))]
                 window = self._windows[hello.node] = Window(self.reach, hello.first)
             if known is None:
-                self.senders[identity] = Sender(hello.node, hello.host, window, now)
+                sender = self.senders[identity] = Sender(hello.node, hello.host, window, now)
+                window.connections = [each for each in window.connections if each.calls or not each.over]
+                window.connections.append(sender)
         self.outgoing.append((identity, wire.hello(self.answer, is_answer=True, place=len(self.senders))))
+
+    def _ping(self, identity: bytes, frame: bytes, head: wire.Header) -> None:
+        """Answer a PING at once; one with an address is left to a worker there, so that a hung one is noticed."""
+        sender = self.senders.get(identity)
+        if sender is not None and head.extent:
+            service, server, _ = wire.split_names(wire.address(frame, head)[1])
+            targets = self._offers.get((service, server)) if server else self._services.get(service)
+            if targets:
+                if sender.echo:
+                    self.counts["echoes beside another"] += 1
+                    return
+                sender.echo = True
+                names, target = (service, server, ""), max(targets, key=len)
+                request = Request(identity, sender, wire.PING, head.id, names, b"", None, 0, target)
+                request.cancelled = True
+                self.echoes.append(request)
+                return
+        self.outgoing.append((identity, wire.pack(wire.PONG, id=head.id)))
 
     def _request(
         self,
@@ -369,8 +405,8 @@ class Inbox:
         elif not targets:
             known = service in self._services
             self._refuse(identity, head.id, "no server" if known else "no service", server or service)
-        elif len(self.taken) + len(targets) > self.messages or self.taken_bytes + size > self.size:
-            self._refuse(identity, head.id, "full", f"{len(self.taken)} requests are taken in and not answered")
+        elif (full := self._full(sender, len(targets), size)) is not None:
+            self._refuse(identity, head.id, "full", full)
         elif (news := sender.window.take(head.id)) is not NEW:
             self._duplicate(identity, sender, head.kind, head.id, news)
         else:
@@ -387,6 +423,8 @@ class Inbox:
                 request.flags, request.monitor = head.flags, monitor
                 self.taken[request] = None
                 self.taken_bytes += size
+                sender.taken += 1
+                sender.taken_bytes += size
                 moved.append(request)
             if head.kind == wire.CAST:
                 acks.setdefault(identity, (targets[0], []))[1].append(head.id)
@@ -395,13 +433,35 @@ class Inbox:
                 if monitor is not None:
                     self._beats[request] = now + max(monitor / 2, SHORTEST_BEAT)
 
+    def _full(self, sender: Sender, count: int, size: int) -> str | None:
+        """Why there is no room for so many more requests of ``sender``; None where there is."""
+        room, room_bytes = self.messages - len(self.taken), self.size - self.taken_bytes
+        if count > room or size > room_bytes:
+            return f"{len(self.taken)} requests are taken in and not answered"
+        if len(self.senders) > 1 and (sender.taken >= SHARE * room or sender.taken_bytes >= SHARE * room_bytes):
+            return f"{sender.taken} of {len(self.taken)} requests that are taken in and not answered are this caller's"
+        return None
+
     def _duplicate(self, identity: bytes, sender: Sender, kind: int, id: int, news: str) -> None:
         self.counts["duplicates"] += 1
         if kind == wire.CAST and news is AGAIN:
             self.outgoing.append((identity, wire.ack([id])))  # it was taken; say so again
-        elif id not in sender.calls:
-            self._refuse(identity, id, "duplicate")
-        # else: it runs, and its reply is on the way
+            return
+        for other in sender.window.connections:
+            request = other.calls.get(id)
+            if request is None:
+                continue
+            if other is not sender:  # its caller came back for it: the answer goes to where it waits now
+                del other.calls[id]
+                other.taken, other.taken_bytes = other.taken - 1, other.taken_bytes - request.size
+                sender.taken, sender.taken_bytes = sender.taken + 1, sender.taken_bytes + request.size
+                sender.calls[id] = request
+                request.identity, request.sender, request.cancelled = identity, sender, False
+                if request.monitor is not None:
+                    self._beats[request] = 0.0  # at once
+                self.counts["resumed"] += 1
+            return  # it runs, and its reply is on the way
+        self._refuse(identity, id, "duplicate")
 
     def _control(self, identity: bytes, head: wire.Header, moved: list[Request]) -> None:
         sender = self.senders.get(identity)
@@ -429,8 +489,11 @@ class Inbox:
         """``request`` has been dealt with: its room is free. False when that was said before."""
         if self.taken.pop(request, request) is not None:
             return False
+        sender = request.sender
         self.taken_bytes -= request.size
-        request.sender.calls.pop(request.id, None)
+        sender.taken -= 1
+        sender.taken_bytes -= request.size
+        sender.calls.pop(request.id, None)
         if request.monitor is not None:
             self._beats.pop(request, None)
         return True
@@ -440,7 +503,7 @@ class Inbox:
         sender = self.senders.pop(identity, None)
         if sender is None:
             return []
-        sender.window.seen = sender.heard
+        sender.window.seen, sender.over = sender.heard, True
         orphans = list(sender.calls.values())
         for request in orphans:
             self.counts["cancelled"] += not request.cancelled

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from onehop.errors import ProtocolError, VersionMismatch, WireError
 from onehop.protocol import peers as states
 from onehop.protocol import wire
+from onehop.protocol.budget import Budget
 from onehop.protocol.calls import Call
 from onehop.protocol.inbox import Inbox
 from onehop.protocol.peers import Peer, PeerTable, RecordLike
@@ -40,7 +41,7 @@ class NodeProtocol:
         messages: int = 10_000,
         size: int = 1 << 28,
         window_messages: int = 4096,
-        window_bytes: int = 1 << 26,
+        window_bytes: int = 1 << 23,
         reach: int = 4096,
         subset: int = 12,
     ) -> None:
@@ -51,6 +52,7 @@ class NodeProtocol:
         self.peers = PeerTable(node, random)
         self.routes = Routes(node, subset)
         self.inbox = Inbox(node, realm=realm, host=host, messages=messages, size=size, reach=reach, release=release)
+        self.budget = Budget()
         self._window = (window_messages, window_bytes)
 
     def learn(self, records: Iterable[RecordLike], now: float = 0.0) -> None:
@@ -67,9 +69,11 @@ class NodeProtocol:
             return None
         if not peer.offered:
             self._update([peer])
-        peer.calls.messages, peer.calls.large_bytes = self._window
-        first, host, realm, release = peer.calls.last + 1, self.host, self.realm, self.release
-        return wire.hello(wire.Hello(self.id, peer.id, first=first, host=host, realm=realm, release=release))
+        peer.calls.bound(*self._window)
+        return wire.hello(wire.Hello(
+            self.id, peer.id, features=wire.FEATURES, first=peer.calls.last + 1,
+            host=self.host, realm=self.realm, release=self.release,
+        ))  # fmt: skip
 
     def control(self, peer: Peer, frame: bytes, now: float, ended: list[Call]) -> bool:
         """Take in a frame from ``peer`` that is for no call; True when it makes the peer ready.
@@ -92,7 +96,7 @@ class NodeProtocol:
                 raise ProtocolError(
                     f"the address of node {peer.id.hex()} answers as node {hello.node.hex()} of realm {hello.realm!r}"
                 )
-            peer.place = head.number
+            peer.place, peer.features = head.number, hello.features
             is_ready = self.peers.event(peer, states.HELLO, now)
             if not peer.offered:
                 self._update([peer])
@@ -116,6 +120,17 @@ class NodeProtocol:
         self.peers.event(peer, event, now)
         self._update([peer])
         return calls
+
+    def judged(self, peer: Peer, answers: bool, now: float) -> bool:
+        """``peer`` answers again, or does not; whether that is news."""
+        is_news = self.peers.event(peer, states.ANSWERED if answers else states.SILENT, now)
+        if is_news:
+            self._update([peer])
+        return is_news
+
+    def may_retry(self, now: float) -> bool:
+        """Whether one more request may be sent again, by the budget."""
+        return self.budget.spend(self.peers.peers.values(), now)
 
     def receivers(self, service: str, server: str = "") -> tuple[Route, ...]:
         """Whom a fan-out addresses: all who are known, also those who cannot be reached at this moment."""

@@ -16,6 +16,7 @@ from onehop.protocol.calls import CallTable
 KNOWN = "known"  # its record is known; there is no connection
 CONNECTING = "connecting"  # hello sent, not answered
 READY = "ready"  # hello answered: it is the node the record names
+STALLED = "stalled"  # ready, and does not answer: asked only where nobody else can be
 DRAINING = "draining"  # it said goodbye: finishes what it took, takes nothing new
 RESTING = "resting"  # the last connection failed, or it came back and it is others' turn; tried after a pause
 GONE = "gone"  # no record and no connection. A peer that returns is a new peer, with a new id
@@ -27,6 +28,8 @@ GOODBYE = "goodbye"
 LOST = "lost"
 IDLE = "idle"
 REPLACED = "replaced"
+SILENT = "silent"
+ANSWERED = "answered"
 HELD_BACK = "held back"
 RESTED = "rested"
 FORGOTTEN = "forgotten"
@@ -34,12 +37,13 @@ FORGOTTEN = "forgotten"
 TRANSITIONS: dict[str, dict[str, str]] = {
     KNOWN: {CONNECT: CONNECTING, HELD_BACK: RESTING, FORGOTTEN: GONE},
     CONNECTING: {HELLO: READY, LOST: RESTING, REPLACED: RESTING, GOODBYE: DRAINING},
-    READY: {GOODBYE: DRAINING, LOST: RESTING, REPLACED: RESTING, IDLE: KNOWN},
+    READY: {GOODBYE: DRAINING, LOST: RESTING, REPLACED: RESTING, IDLE: KNOWN, SILENT: STALLED},
+    STALLED: {GOODBYE: DRAINING, LOST: RESTING, REPLACED: RESTING, IDLE: KNOWN, ANSWERED: READY},
     DRAINING: {LOST: GONE, REPLACED: GONE, IDLE: GONE},
     RESTING: {CONNECT: CONNECTING, RESTED: KNOWN, FORGOTTEN: GONE},
     GONE: {},
 }
-USABLE = frozenset((KNOWN, CONNECTING, READY))
+USABLE = frozenset((KNOWN, CONNECTING, READY, STALLED))
 """The states in which a peer is a route; after a failure it is none again before a hello was answered."""
 
 NEVER = float("-inf")
@@ -85,14 +89,19 @@ class Peer:
         calls: calls under way to it; a new table for each connection, the numbers going on.
         distance: from this node, where a subset has to be chosen: each node has its own order of all peers.
         link: the engine's connection object, or None.
+        features: that it has, as it said (wire 3.1).
+        stalls: how often it came to be stalled.
+        counted: the number up to which its requests were counted (``budget.py``).
         place: how many connections the peer had with our last one, as it said; 0 where it has not.
         offered: its routes in the present picture.
     """
 
     __slots__ = (
         "calls",
+        "counted",
         "distance",
         "failures",
+        "features",
         "id",
         "link",
         "numbers",
@@ -100,6 +109,7 @@ class Peer:
         "place",
         "record",
         "rested_at",
+        "stalls",
         "state",
     )
 
@@ -110,17 +120,19 @@ class Peer:
         self.state = KNOWN
         self.numbers = count(first)
         self.calls = CallTable(self.numbers)
-        self.calls.last = first - 1
+        self.calls.last = self.counted = first - 1
         self.link: Any = None
         self.offered: tuple[Any, ...] = ()
         self.failures = 0
+        self.features = 0
+        self.stalls = 0
         self.place = 0
         self.rested_at = 0.0
 
     @property
     def usable(self) -> bool:
         """Whether requests that may go elsewhere may go here."""
-        return self.state == READY or (self.state in USABLE and not self.failures)
+        return self.state in (READY, STALLED) or (self.state in USABLE and not self.failures)
 
     @property
     def turn(self) -> float:
@@ -223,12 +235,14 @@ class PeerTable:
         state = TRANSITIONS[peer.state].get(event)
         if state is None:
             return False
-        was_ready = peer.state == READY
+        was_ready = peer.state in (READY, STALLED)
         if event == LOST:
             self._await_heir(peer, now)
         peer.state = state
         if state == READY:
             peer.failures = 0
+        elif state == STALLED:
+            peer.stalls += 1
         elif state == RESTING:
             if event == LOST:
                 self._lose(peer, was_ready, now)
@@ -243,7 +257,7 @@ class PeerTable:
             self.away.pop(peer.id, None)
         if event in (LOST, REPLACED, FORGOTTEN, IDLE):
             old = peer.calls
-            peer.calls = CallTable(peer.numbers, messages=old.messages, large_bytes=old.large_bytes)
+            peer.calls = CallTable(peer.numbers, messages=old.messages, size=old.size)
             peer.calls.last, peer.calls.late = old.last, old.late
         if peer.state == GONE:
             # Its window knows our numbers for a while: should it return under this id, they must go on above them,
@@ -254,7 +268,7 @@ class PeerTable:
 
     def _await_heir(self, peer: Peer, now: float) -> None:
         """If we are connected to ``peer``: who comes under its names soon is the same server, started anew."""
-        if peer.state in (READY, DRAINING) and peer.turn and peer.record is not None:
+        if peer.state in (READY, STALLED, DRAINING) and peer.turn and peer.record is not None:
             for service, servers in peer.record.services.items():
                 self._lost |= {(service, server): (now + HEIRS_AFTER, peer.turn, peer) for server in servers}
 

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from heapq import nsmallest
 from typing import NamedTuple
 
-from onehop.protocol.peers import Peer
+from onehop.protocol.peers import STALLED, Peer
 
 
 class Route(NamedTuple):
@@ -54,7 +54,7 @@ class Routes:
         self.subset = subset
         self.by_service = by_service or {}
         self._by_server: dict[tuple[str, str], tuple[Route, ...]] = {}
-        self._near: dict[str, tuple[Route, ...]] = {}
+        self._near: dict[str | tuple[str, str], tuple[Route, ...]] = {}
 
     def of(self, service: str, server: str = "") -> tuple[Route, ...]:
         """All routes to ``service``; only those to ``server`` where one is named, never another's."""
@@ -74,17 +74,16 @@ class Routes:
         Each node has a subset of its own, so that N callers and M servers need N x ``subset`` connections and not
         N x M. By rendezvous hashing: a peer that comes or goes moves nothing but its own share.
         """
-        if server:
-            return self.of(service, server)
-        near = self._near.get(service)
+        key = (service, server) if server else service
+        near = self._near.get(key)
         if near is None:
-            near = self.by_service.get(service, ())
+            near = answering(self.of(service, server))
             peers = {route.peer.id: route.peer for route in near}
-            if len(peers) > self.subset:
+            if len(peers) > self.subset and not server:
                 chosen = {peer.id for peer in nsmallest(self.subset, peers.values(), key=self._distance)}
                 near = tuple(route for route in near if route.peer.id in chosen)
             if near:
-                self._near[service] = near
+                self._near[key] = near
         return near
 
     def untried(self, service: str, server: str, tried: Sequence[Route], *, beyond: bool = True) -> tuple[Route, ...]:
@@ -98,7 +97,7 @@ class Routes:
         if not tried:
             return near
         left = tuple(each for each in near if each not in tried)
-        return left or tuple(each for each in self.of(service, server) if beyond and each not in tried)
+        return left or answering(tuple(each for each in self.of(service, server) if beyond and each not in tried))
 
     def distinct(self, service: str, server: str = "") -> tuple[Route, ...]:
         """As :meth:`of`, each (peer, server) once: whom a fan-out addresses."""
@@ -131,6 +130,11 @@ class Routes:
     def _distance(self, peer: Peer) -> bytes:
         peer.distance = peer.distance or blake2b(self.node + peer.id, digest_size=8).digest()
         return peer.distance
+
+
+def answering(routes: tuple[Route, ...]) -> tuple[Route, ...]:
+    """Those of ``routes`` whose peers answer; all, where none does: better asked in vain than not at all."""
+    return tuple(route for route in routes if route.peer.state != STALLED) or routes
 
 
 def in_order(route: Route) -> bytes:

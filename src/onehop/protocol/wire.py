@@ -19,6 +19,10 @@ VERSION = 1
 OLDEST = 1
 """The versions spoken here: from ``OLDEST`` to ``VERSION``."""
 
+ECHO = 1
+FEATURES = ECHO
+"""Feature bits, as a hello tells them (wire 3.1), and those that are spoken here."""
+
 HEADER = struct.Struct("<BBHIQ")
 """kind, flags, extent, number, id (wire 2)."""
 HEADER_SIZE = HEADER.size
@@ -126,6 +130,11 @@ def header(frame: bytes) -> Header:
     if flags & ~_FLAGS.get(kind, 0):
         raise WireError(f"kind {kind} with flags {flags:#04x}; it has only {_FLAGS.get(kind, 0):#04x}")
     return Header(*fields)
+
+
+def echo(id: int, section: bytes) -> bytes:
+    """A PING that a worker of the instance at this address is to answer (wire 3.12); from :func:`names`."""
+    return HEADER.pack(PING, 0, len(section), 0, id) + section
 
 
 def kind_of(frame: bytes) -> int:

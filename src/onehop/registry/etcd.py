@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from http.client import HTTPException, RemoteDisconnected
+from http.client import HTTPException
 from typing import Any, TypeVar
 
 import msgspec
@@ -384,7 +384,7 @@ class EtcdStore(Store):
             return _ServerAway(f"{self._where} does not answer in time")
         if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
             return _ServerUnfit(f"{self._where} and we do not agree on TLS: {error}; see tls, ca, cert, key in its URL")
-        hung_up = isinstance(error, RemoteDisconnected | ssl.SSLEOFError)
+        hung_up = isinstance(error, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError)
         hint = "; are tls, cert and key in the registry's URL as it wants them?" if hung_up else ""
         return _ServerAway(f"{self._where}: {error}{hint}")
 

@@ -106,7 +106,7 @@ class Listener:
         engine = self._engine
         while engine is not None and engine.inbound is not None:
             try:
-                request = self._queue.tasks.popleft()
+                request = self._queue.pop()
             except IndexError:  # a poll may take the last one
                 return
             engine.inbound.refuse(request, "draining")

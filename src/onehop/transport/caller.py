@@ -1,280 +1,49 @@
-"""The asking half of an engine: the peers that the registry tells of, the links to them, and the story of a request.
+"""The asking half of an engine: the story of a request.
 
-What is decided here is asked of ``protocol/``; what is not decided here is how to wait: ``blocking.py`` waits in the
-caller's thread, ``loop.py`` in an asyncio loop. So that the story of a request is told once, whatever waits is a
-coroutine. In threads its waits wait in place and it never suspends: it is through after one step
+What is decided here is asked of ``protocol/``. So that the story is told once, whatever waits is a coroutine. In
+threads its waits wait in place and it never suspends: it is through after one step
 (:func:`onehop.transport.blocking.run`). The ordinary request needs none of that; see :meth:`Caller.begin`.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable
 from time import monotonic
 from typing import Any, NoReturn
 
 from onehop import errors
-from onehop.interfaces import Record, Registry
+from onehop.interfaces import Registry
 from onehop.protocol import wire
-from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, TAKEN, Call, CallTable
-from onehop.protocol.node import NodeProtocol
-from onehop.protocol.peers import LOST as LOST_PEER
-from onehop.protocol.peers import REPLACED, Peer
+from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, TAKEN, Call
+from onehop.protocol.peers import SHORTEST_TURN
 from onehop.protocol.routes import Route, Routes, choose
 from onehop.protocol.wire import Body
 from onehop.settings import Settings
-from onehop.transport.carrier import Carrier, LinkSocket
+from onehop.transport.carrier import Carrier
+from onehop.transport.connector import HANDSHAKE, Connector
 from onehop.transport.link import Link
 from onehop.transport.requests import Attempt, Parcel, Terms, name_of, serving
 from onehop.transport.tree import Tree
-from onehop.transport.waiting import Wake
 
-HANDSHAKE = 5.0
-"""Seconds a peer has to answer a hello."""
 CASTS_UNDER_WAY = 64
 """Of one stream of casts, sent and not acknowledged."""
 HURRY = 1.0
 """Seconds a peer has to answer a hello before another is asked, where there is another."""
+RESUME = 0.25
+"""Seconds that a peer has to answer a hello where requests were sent over a connection that ended."""
 BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
-PATIENCE = 1.0
-"""Seconds that a registry may take to say who offers a service, at the first request for it."""
 WELL = (REPLIED, FAILED, TAKEN)
 """Outcomes that are no error of the call's own."""
 
 
-class Caller(ABC):
-    """The half of an engine that knows the peers, connects to them and asks them. See the module.
-
-    Args:
-        settings: of the node.
-        carrier: makes the sockets.
-        registry: says where other nodes are. The engine owns it.
-        release: the version of onehop.
-    """
+class Caller(Connector):
+    """The half of an engine that asks. See the module; the arguments are those of :class:`Connector`."""
 
     def __init__(self, settings: Settings, carrier: Carrier, registry: Registry, release: str) -> None:
-        self.settings = settings
-        self.carrier = carrier
-        self.registry = registry
-        self.closed = False
-        self.lock = threading.RLock()
-        self.protocol = NodeProtocol(
-            os.urandom(16),
-            random=lambda: int.from_bytes(os.urandom(4), "big") / 2**32,
-            host=settings.host_name,
-            realm=settings.realm,
-            release=release,
-            messages=settings.inbox_messages,
-            size=settings.inbox_bytes,
-            window_messages=settings.window_messages,
-            window_bytes=settings.window_bytes,
-            reach=settings.duplicate_window,
-            subset=settings.subset,
-        )
-        self.records: tuple[Record, ...] = ()
-        self.outcomes: Counter[str] = Counter()
-        self._links: dict[bytes, Link] = {}
-        self._ended_links: list[Link] = []
-        self._listeners: list[Callable[[], None]] = []
-        self._wake = Wake()
-        self._keeping = False
+        super().__init__(settings, carrier, registry, release)
         self.tree = Tree(self)
-        self._wanted: set[str] = set()
-
-    def start(self) -> None:
-        """Watch the registry. Called once, before anything else.
-
-        Raises:
-            RegistryError: the registry cannot be used.
-        """
-        self.registry.watch(self._learn)
-
-    # What the registry says -----------------------------------------------------------------------
-
-    def _learn(self, records: Sequence[Record]) -> None:
-        with self.lock:
-            if self.closed:
-                return
-            self.records = tuple(records)
-            self.protocol.learn(records, monotonic())
-            self._tell_change()
-            listeners = list(self._listeners)
-        for listener in listeners:
-            listener()
-
-    async def want(self, service: str, until: float) -> None:
-        """See that the view has all who offer ``service`` (``""``: any), as far as the registry knows them.
-
-        Args:
-            until: when not to wait any longer, which may be past already; a registry is given a moment all the same.
-        """
-        if service not in self._wanted:
-            patience = min(max(until - monotonic(), BRIEF), PATIENCE)
-            await self._cold(self.registry.want, service, patience)
-            self._wanted.add(service)
-
-    async def known(self, service: str) -> tuple[Record, ...]:
-        """The records of those who offer ``service``, and perhaps of others; ``""``: of all."""
-        await self.want(service, monotonic() + PATIENCE)
-        await self._cold(self.registry.refresh)
-        return self.records
-
-    def on_change(self, listener: Callable[[], None]) -> None:
-        """Have ``listener`` called after each change of the view."""
-        with self.lock:
-            self._listeners.append(listener)
-
-    # How to wait ----------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _new_link(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> Link:
-        """A link whose calls are waited for in this engine's way."""
-
-    @abstractmethod
-    async def wait(self, link: Link, call: Call, seen: int, until: float) -> bool:
-        """Wait until ``call`` has an outcome or a sign beyond ``seen``; False when ``until`` came first."""
-
-    @abstractmethod
-    async def wait_for(self, condition: Callable[[], bool], until: float) -> bool:
-        """Wait until ``condition`` (asked after each change of the view) holds; False when ``until`` came first."""
-
-    @abstractmethod
-    async def _sleep(self, seconds: float) -> None:
-        """Let a moment pass."""
-
-    @abstractmethod
-    def spawn(self, steps: Coroutine[Any, Any, None]) -> None:
-        """Have ``steps`` done beside everything else.
-
-        Raises:
-            RuntimeError: the machine gives no more threads.
-        """
-
-    @abstractmethod
-    async def _cold(self, action: Callable[..., object], *arguments: Any) -> None:
-        """Do something that may take its time: with files, or with the registry."""
-
-    @abstractmethod
-    def _tell_change(self) -> None:
-        """Have those who :meth:`wait_for` something ask again. Called by any thread, which holds ``lock``."""
-
-    @abstractmethod
-    def _keep(self) -> None:
-        """See that somebody keeps house, and does it now."""
-
-    async def _wait_for_change(self, routes: Routes, until: float) -> None:
-        """Wait until ``routes`` is not the picture any more."""
-        await self.wait_for(lambda: self.protocol.routes is not routes, until)
-
-    # Links ----------------------------------------------------------------------------------------
-
-    def _begin_link(self, peer: Peer) -> Link:
-        """The link to ``peer``, begun if there is none; does not wait for it to be ready.
-
-        Raises:
-            PeerLost: it cannot be begun; nothing was sent.
-        """
-        with self.lock:
-            if self.closed:
-                raise errors.NodeClosed("this node is closed; make a new one")
-            link: Link | None = peer.link
-            if link is not None and link.ended is None:
-                return link
-            record = peer.record
-            hello = self.protocol.connect(peer, monotonic()) if record is not None else None
-            if hello is None or record is None:
-                raise errors.PeerLost(f"node {peer.id.hex()} is {peer.state}: not connected to", executed="no")
-            try:
-                socket = self.carrier.connect(self.carrier.nearest(record.endpoints))
-            except errors.OnehopError as error:
-                self.protocol.lost(peer, "no connection could be begun", monotonic())
-                if isinstance(error, errors.ResourceLimit):
-                    raise
-                raise errors.PeerLost(f"{name_of(peer)}: {error}", executed="no") from error
-            except BaseException:  # an interrupt; or an endpoint that no system could have
-                self.protocol.lost(peer, "no connection could be begun", monotonic())
-                raise
-            why = socket.ended()  # the monitor's descriptor tells nothing before a first look
-            link = peer.link = self._new_link(socket, peer.calls, self._control)
-            link.peer = peer
-            self._links[peer.id] = link
-        if why is not None:
-            self._lost(peer, link, why)
-        link.post(link.hello, hello)
-        if not self._keeping:
-            self._keep()
-        return link
-
-    async def _connect(self, peer: Peer, until: float, patience: float) -> Link:
-        """The ready link to ``peer``.
-
-        Args:
-            patience: seconds after which another is to be asked, while this one may still answer its hello.
-
-        Raises:
-            PeerLost, CallTimeout: it did not become ready; nothing was sent.
-        """
-        link = self._begin_link(peer)
-        await self._await_hello(link, min(until, monotonic() + patience))
-        if link.hello.outcome == REPLIED:
-            return link
-        if link.hello.outcome is None and monotonic() < min(until, link.began + HANDSHAKE):
-            raise errors.PeerLost(f"{name_of(peer)} has not answered the hello for {patience:g} s", executed="no")
-        if link.hello.outcome is None and monotonic() >= until:
-            raise errors.CallTimeout(f"{name_of(peer)} did not answer the hello before the deadline", executed="no")
-        why = self._not_ready(link)
-        raise errors.PeerLost(f"no connection to {name_of(peer)}: {link.error or why}", executed="no") from link.error
-
-    def _not_ready(self, link: Link) -> str:
-        """The hello of ``link`` was refused, or not answered in time: it is over; returns why."""
-        why, event = link.ended or "it did not answer the hello", LOST_PEER
-        if link.hello.outcome == REJECTED:
-            why = "{}: {}".format(*link.hello.body)
-            if link.hello.body[0] == "wrong node":
-                event = REPLACED
-        self._lost(link.peer, link, why, event)
-        return why
-
-    async def _await_hello(self, link: Link, until: float) -> bool:
-        """Wait until the hello has an outcome, for as long as a peer has to answer it; whether it has."""
-        if link.hello.outcome is None:
-            await self.wait(link, link.hello, 0, min(until, link.began + HANDSHAKE))
-        return link.hello.outcome is not None
-
-    def _control(self, link: Link, frame: bytes) -> None:
-        """A frame that is for no call."""
-        peer: Peer = link.peer
-        ended: list[Call] = []
-        try:
-            with self.lock:
-                ready = self.protocol.control(peer, frame, monotonic(), ended)
-                self._tell_change()
-        except errors.WireError:
-            raise
-        except errors.ProtocolError as error:
-            link.error = error
-            self._lost(peer, link, str(error), REPLACED)
-            return
-        link.tell(ended)
-        if ready:
-            link.answered()
-
-    def _lost(self, peer: Peer, link: Link, why: str, event: str = LOST_PEER) -> None:
-        """The connection is over. Its calls end; the socket is closed by the housekeeping."""
-        if not link.end(why):
-            return
-        with self.lock:
-            if peer.link is link:
-                peer.link = None
-                self.protocol.lost(peer, why, monotonic(), event)
-            self._links.pop(peer.id, None)
-            self._ended_links.append(link)
-            self._tell_change()
-        self._wake.set()
 
     # Requests -------------------------------------------------------------------------------------
 
@@ -307,15 +76,17 @@ class Caller(ABC):
             route, link, sections = self._look_up(terms, picture)
         if (
             link is not None and route is not None and link.ready and size < wire.SECOND_FRAME_FROM
-            and len(link.calls.pending) < link.calls.messages and (terms.monitor is None or kind != wire.REQUEST)
+            and ((under_way := len((calls := link.calls).pending)) < calls.plenty
+                 or (size <= calls.small and under_way < calls.messages))
+            and (terms.monitor is None or kind != wire.REQUEST)
         ):  # fmt: skip
             section = sections.get(method) or sections.setdefault(method, terms.section(route.server, method))
             call = Call(kind, until, size)
             call.route = route
             if flags & wire.STREAM:
                 call.items = deque()
-            id = link.calls.begin(call)
-            if link.ended is None or not link.calls.give_up(call):
+            id = calls.begin(call)
+            if link.ended is None or not calls.give_up(call):
                 return link, call, wire.plain_request(kind, flags, id, remaining, section, body)
         attempt = Attempt(terms, method, until, now)
         attempt.chosen = route
@@ -407,12 +178,45 @@ class Caller(ABC):
             except errors.CallTimeout:
                 raise
             except errors.CallError as error:
-                self._again(attempt, error)
+                under_way = await self._resume(attempt, kind, flags, body)
+                if not under_way:
+                    self._again(attempt, error)
                 continue
             except BaseException:
                 self.cancel(attempt.link, attempt.call)
                 raise
             return attempt.call
+
+    async def _resume(self, attempt: Attempt, kind: int, flags: int, body: Body) -> bool:
+        """Where the connection ended, and not the peer: send the same request once more, over another connection.
+
+        Under its old number, by which the peer knows whether it has come already: it does not run twice, and where it
+        runs its answer comes here. A crowd that lost a peer does not do that: it would return all at once.
+
+        Returns:
+            Whether it was sent.
+        """
+        call, link, peer = attempt.call, attempt.link, attempt.route.peer
+        if (
+            call.outcome != LOST or not call.sent or link.ended is None or self.closed or flags & wire.STREAM
+            or peer.record is None or peer.turn >= SHORTEST_TURN
+            or (peer.failures > 1 and peer.link is None)  # that was tried already
+        ):  # fmt: skip
+            return False
+        try:
+            link = await self._connect(peer, attempt.until, RESUME)
+        except (errors.CallError, errors.ResourceLimit):
+            return False
+        again = Call(kind, attempt.until, call.size)
+        attempt.take(attempt.route, link, again)
+        link.calls.resume(again, call.id)
+        terms = attempt.terms
+        section = terms.section(attempt.route.server, attempt.method)
+        monitor = terms.monitor if kind == wire.REQUEST else None
+        link.put(again, wire.request(kind, flags, again.id, attempt.until - monotonic(), monitor, section, body))
+        with self.lock:
+            self.outcomes["resumed"] += 1
+        return True
 
     async def _send(self, attempt: Attempt, kind: int, flags: int, body: Body) -> None:
         """Send a request to the next server that can be reached; does not wait for its outcome."""
@@ -436,7 +240,16 @@ class Caller(ABC):
             candidates = self.protocol.routes.candidates(attempt.terms.service, attempt.terms.server)
             alone = all(each.peer is route.peer for each in candidates)
             link = await self._connect(route.peer, attempt.until, HANDSHAKE if alone else HURRY)
+        if len(body) >= wire.SECOND_FRAME_FROM:
+            await self._wait_for_room(link, len(body), attempt.until)
         self._send_over(link, route, attempt, kind, flags, body)
+
+    async def _wait_for_room(self, link: Link, size: int, until: float) -> None:
+        """Let a large body wait until it fits into the window: few of them fill it. Small ones are refused at once."""
+        pause = 0.001
+        while link.ended is None and link.calls.full(size) and monotonic() + pause < until:
+            await self._sleep(pause)
+            pause = min(2 * pause, 0.05)
 
     def _send_over(self, link: Link, route: Route, attempt: Attempt, kind: int, flags: int, body: Body) -> None:
         """Send over a ready link; does not wait.
@@ -488,11 +301,13 @@ class Caller(ABC):
                 until = attempt.until if monitor is None else min(attempt.until, monotonic() + monitor)
                 await self.wait(link, call, seen, until)
             if call.outcome is None and self.cancel(link, call):
+                self._note_timeout(attempt)
                 self._fail(attempt, attempt.timed_out())
             while call.outcome is None:  # another thread took it out of the table and is writing the outcome
                 await self.wait(link, call, call.signs, monotonic() + 0.001)
         if call.outcome == REJECTED or call.outcome == LOST:
             if call.given_up and call.deadline <= monotonic():
+                self._note_timeout(attempt)
                 self._fail(attempt, attempt.timed_out())  # the housekeeping came before us
             if call.outcome == REJECTED and call.body[0] == "hello first":
                 self._lost(attempt.route.peer, link, "it does not know this connection any more")
@@ -545,10 +360,17 @@ class Caller(ABC):
         if idempotent is None:
             idempotent = record is not None and attempt.method in record.idempotent.get(terms.service, ())
         safe = error.executed == "no" or (idempotent and error.executed == "unknown")
-        if not safe or monotonic() >= attempt.until:
+        now = monotonic()
+        if not safe or now >= attempt.until:
             self._fail(attempt, error)
+        # What was not sent, or refused by who leaves, makes nobody busier when it is sent to another.
+        costs = error.executed == "unknown" or (isinstance(error, errors.Rejected) and error.reason == "full")
         with self.lock:
-            self.outcomes["retried"] += 1
+            if not costs or self.protocol.may_retry(now):
+                self.outcomes["retried"] += 1
+                return
+            self.outcomes["not retried, beyond the budget"] += 1
+        self._fail(attempt, error)
 
     def _fail(self, attempt: Attempt, error: errors.CallError) -> NoReturn:
         if attempt.may_have_run and error.executed == "no":
@@ -571,6 +393,15 @@ class Caller(ABC):
         call.body = "it was given up here"
         call.outcome = LOST
         link.tell([call])
+
+    def _note_timeout(self, attempt: Attempt) -> None:
+        """A call was not answered in time: who lets one after the other wait is not asked for a while."""
+        link, now = attempt.link, monotonic()
+        if attempt.call.sent and link.ready:
+            with self.lock:
+                is_stalled = link.liveness.timed_out(link.calls, attempt.call, now - attempt.started, now)
+            if is_stalled:
+                self.judge(link, False, "one call after the other was not answered in time")
 
     async def scatter(self, terms: Terms, kind: int, flags: int, method: str, body: Body) -> list[Attempt]:
         """Send a request to every server known now, and wait for each one's outcome.

@@ -25,8 +25,9 @@ from onehop.protocol.inbox import Inbox
 from onehop.protocol.peers import IDLE
 from onehop.settings import Settings
 from onehop.statistics import Statistics, of_peer
-from onehop.transport.caller import HANDSHAKE, Caller
+from onehop.transport.caller import Caller
 from onehop.transport.carrier import Carrier
+from onehop.transport.connector import HANDSHAKE
 from onehop.transport.inbound import Inbound
 from onehop.transport.link import Link
 from onehop.transport.queue import Queue
@@ -38,6 +39,8 @@ GOODBYE_LINGER = 0.1
 UNUSED = "it was not used for a while"
 GRACE = 1.0
 """Seconds after its deadline for which a call is its owner's to end."""
+LATE = 1.5
+"""Seconds after which a round of the housekeeping is late: its process did not run."""
 TICK = 0.1
 SLOW_TICK = 0.5
 """Seconds between the housekeeping's rounds: where it also receives when nobody else does, and otherwise."""
@@ -229,7 +232,12 @@ class Engine(Caller):
             with self.lock:
                 self._tell_change()
         if now - self._looked >= SLOW_TICK:
-            self._looked = now
+            late, self._looked = now - self._looked - LATE, now
+            if late > 0.0:  # this process was stopped, or very busy
+                with self.lock:
+                    links = list(self._links.values())
+                for link in links:
+                    link.liveness.excuse(late)
             # In place: most of a thousand links rest, and a call for each would be most of the cost. At a young one
             # looks whoever began it.
             with self.lock:
@@ -237,7 +245,7 @@ class Engine(Caller):
                     link for link in self._links.values()
                     if now - link.began >= SLOW_TICK and (
                         not link.resting or (calls := link.calls).pending or calls.last != link.numbered
-                        or link.peer.record is None
+                        or link.peer.record is None or link.liveness.stalled
                     )
                 ]  # fmt: skip
             for link in links:
@@ -273,6 +281,8 @@ class Engine(Caller):
             self._give_up(link, call)
         if link.peer.record is None and not calls.pending:
             self._lost(link.peer, link, "its record was withdrawn")
+        elif calls.pending or link.liveness.stalled:
+            self.see_whether_it_answers(link, now)
 
     def _hear(self, link: Link) -> None:
         """The connection of ``link`` may have ended."""

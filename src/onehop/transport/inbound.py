@@ -24,7 +24,7 @@ from onehop.protocol.inbox import Inbox, Message, Request
 from onehop.protocol.turns import successor
 from onehop.protocol.wire import Frame
 from onehop.transport.carrier import InboundSocket
-from onehop.transport.queue import FOREVER, TOGETHER, Queue
+from onehop.transport.queue import FOREVER, SHARE, TOGETHER, Queue
 from onehop.transport.waiting import LONGEST_WAIT, PATIENCE, Wake, acquire, new_lock, release, start_thread
 
 log = logging.getLogger("onehop")
@@ -108,7 +108,14 @@ class Inbound:
             self._lock.release()
 
     def refuse(self, request: Request, reason: str) -> None:
-        """Answer that ``request`` did not run, and count it; a cast only gives its room back."""
+        """Answer that ``request`` did not run, and count it; a cast only gives its room back.
+
+        An echo is answered here too: it is a request that never runs, and whoever came to refuse it is a worker.
+        """
+        if request.kind == wire.PING:
+            request.sender.echo = False
+            self.answer(request, wire.pack(wire.PONG, id=request.id), last=False)
+            return
         self.count_refused(reason)
         self.answer(request, wire.reject(request.id, reason) if request.kind == wire.REQUEST else None)
 
@@ -195,6 +202,7 @@ class Inbound:
             Whether more may be there to receive.
         """
         moved: list[Request] = []
+        echoes: list[Request] = []
         more = False
         try:
             if self._out:
@@ -227,6 +235,8 @@ class Inbound:
                     if inbox.outgoing:
                         self._send_outgoing(moved)
                         more = True  # a send may eat the edge of what came meanwhile
+                    if inbox.echoes:
+                        echoes, inbox.echoes = inbox.echoes, echoes
         finally:  # an interrupt (Ctrl-C) must not keep from others what was taken in for them
             self._more = more
             self._alone = False
@@ -236,7 +246,23 @@ class Inbound:
             self._lock.release()
             if moved:
                 self._dispatch(moved, queue, leading, own)
+            if echoes:
+                self._pass_on(echoes, leading)
         return more
+
+    def _pass_on(self, echoes: list[Request], leading: bool) -> None:
+        """Have a worker of each one's target answer it, before what waits there: it asks whether they move at all."""
+        for request in echoes:
+            target: Queue = request.target
+            if not target.pooled:
+                self.refuse(request, "expired")  # who receives runs its methods, and has just shown that it does
+                continue
+            target.tasks.appendleft(request)
+            try:
+                if not target.wake_one() and not leading and target is self._leading_for:
+                    self._wake.set()
+            except RuntimeError:
+                log.debug("the machine gives no thread for a worker of %r: an echo waits for one", request.service)
 
     def _dispatch(self, moved: list[Request], mine: Queue | None, leading: bool, own: bool) -> None:
         """Give each new request to its queue; wake whoever waits for news of one that runs."""
@@ -263,7 +289,10 @@ class Inbound:
                 ):  # fmt: skip
                     self._lent = request, place
                     continue
-            target.tasks.append(request)
+            if (request.sender.taken > SHARE and target.tasks) or (target.lines and request.sender in target.lines):
+                target.hold(request)
+            else:
+                target.tasks.append(request)
             if target is filled and target.run is not None:
                 self._watched.setdefault(target, -1)
                 continue  # one worker is woken for a batch
@@ -417,7 +446,7 @@ class Inbound:
             while True:
                 if tasks:
                     try:
-                        return tasks.popleft()
+                        return queue.pop()
                     except IndexError:
                         continue  # another was quicker
                 if queue.stopped or monotonic() >= until:

@@ -52,11 +52,13 @@ class Link(ABC):
         numbered, resting: the housekeeping's: the last call's number when it looked, and whether it looks no more
             before something comes.
         idle_at: the housekeeping's: when it is closed if nothing comes.
+        liveness: the housekeeping's: whether the peer answers.
     """
 
     __slots__ = (
         "_closed", "_cold", "_control", "_incoming", "_lock", "_out", "_stuck", "bad_frames", "began", "calls",
-        "drained", "ended", "error", "hello", "idle_at", "numbered", "over", "peer", "ready", "resting", "socket",
+        "drained", "ended", "error", "hello", "idle_at", "liveness", "numbered", "over", "peer", "ready", "resting",
+        "socket",
     )  # fmt: skip
 
     def __init__(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> None:
@@ -70,6 +72,7 @@ class Link(ABC):
         self.bad_frames = 0
         self.began = monotonic()
         self.peer: Any = None
+        self.liveness: Any = None
         self.numbered = -1
         self.resting = False
         self.idle_at = 0.0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from onehop.protocol.inbox import Request
+from onehop.protocol.inbox import Request, Sender
 from onehop.transport.waiting import acquire, new_lock, release, start_thread
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ QUICK = 0.0003
 """Seconds; a method that takes no longer on average is run by few threads, which stay awake."""
 LENT = 0.00015
 """Seconds; a method that takes no longer on average may be run by the receiver in the place of an idle worker."""
+SHARE = 16
+"""Requests of one caller in the queue, beyond which the others of its requests stand in a line of its own."""
 TOGETHER = 16
 """Answers of quick methods that a thread may keep back to send them together, while there is more to run."""
 FOREVER = float("inf")
@@ -33,6 +35,10 @@ class Queue:
     when nothing moved for a moment, since a quick method may take its time for once. A lone request of a quick method
     is run by the receiver itself, in the place of an idle worker, so that no thread has to be woken for it.
 
+    Who has many requests here waits for himself: beyond ``SHARE`` of them they stand in his own line, and for each
+    request that is taken out of the queue the next line sends one there. So nobody waits behind more than a few of
+    anybody's requests, and each caller's stay in their order.
+
     Args:
         run: what a worker (or, for inline methods, the receiving thread) does with a request; its answer goes to
             :meth:`Inbound.put`. None where the queue is polled.
@@ -42,6 +48,8 @@ class Queue:
 
     Attributes:
         begun: requests that workers have begun.
+        lines: of callers with many requests, in turn; ``held``: how many requests stand there.
+        pooled: whether a worker runs some of the methods.
         inbound: where the requests come from, and the answers go.
     """
 
@@ -57,17 +65,47 @@ class Queue:
         self.tasks: deque[Request] = deque()
         self.idle: list[Any] = []
         self.stopped = False
+        self.lines: dict[Sender, deque[Request]] = {}
+        self.held = 0
         self.run = run
         self.inline = inline
+        self.pooled = run is None or not inline.issuperset(methods)
         self.begun = 0
         self._workers = workers
         self._started = 0
         self._starting = new_lock()
+        self._lining = new_lock()
         self._seconds = dict.fromkeys(methods, FOREVER)
         self._lendable = set(self._seconds)
 
     def __len__(self) -> int:
-        return len(self.tasks)
+        return len(self.tasks) + self.held
+
+    def hold(self, request: Request) -> None:
+        """Have ``request`` stand in the line of its caller."""
+        with self._lining:
+            self.lines.setdefault(request.sender, deque()).append(request)
+            self.held += 1
+        if not self.tasks:  # looked at after whoever takes the last one can see the line
+            self.advance()
+
+    def advance(self) -> None:
+        """Let the next line, if there is one, send its first request to the queue: for who has taken one from there."""
+        with self._lining:
+            for sender in self.lines:
+                line = self.lines.pop(sender)
+                self.tasks.append(line.popleft())
+                self.held -= 1
+                if line:
+                    self.lines[sender] = line  # behind the others
+                return
+
+    def pop(self) -> Request:
+        """Take the next request. Raises IndexError where there is none."""
+        request = self.tasks.popleft()
+        if self.lines:
+            self.advance()
+        return request
 
     def put(self, request: Request) -> bool:
         """Add a request and wake one who waits for it; False where nobody did."""
@@ -136,6 +174,8 @@ class Queue:
         while True:
             try:
                 request = tasks.popleft()
+                if self.lines:
+                    self.advance()
             except IndexError:
                 if kept:
                     kept = 0
