@@ -206,9 +206,13 @@ class Cluster:
         for each in callers:
             each.tell(f"rate {rate / len(callers):g}")
 
-    def add_caller(self, **job: Any) -> Program:
-        """Another caller, which begins at once, with some fields of its job changed; on this host."""
-        self.callers.append(self._start("caller", f"caller-{len(self.callers) + 1}", None, **job))
+    def add_caller(self, role: str = "caller", **job: Any) -> Program:
+        """Another caller, which begins at once, with some fields of its job changed; on this host.
+
+        Args:
+            role: ``"caller"``, or ``"churn"`` for peers that come and go.
+        """
+        self.callers.append(self._start(role, f"{role}-{len(self.callers) + 1}", None, **job))
         self.callers[-1].wait_ready()
         self.callers[-1].tell("go")
         return self.callers[-1]

@@ -14,8 +14,10 @@ import random
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Protocol
@@ -29,6 +31,9 @@ SERVICE = "chaos"
 _PR_SET_PDEATHSIG = 1
 CATCH_UP = 0.1
 """Seconds of requests, at most, that a caller sends belatedly where it could not keep the pace."""
+CHURN_CALLS = (CALL, CALL, AGAIN, CAST)
+PRESENT = 3
+"""Peers that come and go of which so many are there at a time."""
 LEDGER, NAME = "CHAOS_LEDGER", "CHAOS_NAME"
 """The variables that say where the ledger is, and the process's name, to :class:`Handlers` in another program."""
 
@@ -240,23 +245,24 @@ class Load:
                 self._number += 1
             if self._quiet.wait(max(0.0, due - monotonic())):
                 return
-            self._send(number, verb)
+            send(self._messages, self._writer, number, verb, self._job.timeout)
 
-    def _send(self, number: int, verb: str) -> None:
-        messages, writer, timeout = self._messages, self._writer, self._job.timeout
-        request = f"{writer.name}:{number}"
-        writer.began(number, verb, "", timeout)
-        try:
-            if verb == CAST:
-                messages.cast(CAST, request, timeout=timeout)
-                writer.ended(number, TAKEN, "unknown")
-            else:
-                by = messages.call(verb, request, timeout=timeout)
-                writer.ended(number, REPLIED, "yes", server=by)
-        except Exception as error:
-            reason = getattr(error, "reason", "")
-            named = f"{type(error).__name__}{f'({reason})'.replace(' ', '-') if reason else ''}"
-            writer.ended(number, FAILED, messages.executed(error), named)
+
+def send(messages: Messages, writer: Writer, number: int, verb: str, timeout: float) -> None:
+    """One request, written before and after."""
+    request = f"{writer.name}:{number}"
+    writer.began(number, verb, "", timeout)
+    try:
+        if verb == CAST:
+            messages.cast(CAST, request, timeout=timeout)
+            writer.ended(number, TAKEN, "unknown")
+        else:
+            by = messages.call(verb, request, timeout=timeout)
+            writer.ended(number, REPLIED, "yes", server=by)
+    except Exception as error:
+        reason = getattr(error, "reason", "")
+        named = f"{type(error).__name__}{f'({reason})'.replace(' ', '-') if reason else ''}"
+        writer.ended(number, FAILED, messages.executed(error), named)
 
 
 def words(take: Callable[[str], None]) -> None:
@@ -329,11 +335,47 @@ def caller(job: Job) -> None:
     os._exit(0)
 
 
+def churn(job: Job) -> None:
+    """Peers that come and go, ``rate`` a second: each serves, calls some times, and leaves in order after a while.
+    Word: ``go``, ``quiet``."""
+    go, quiet = threading.Event(), threading.Event()
+    writer = Writer(job.directory, job.name)
+    handlers = Handlers(writer, job.seconds)
+    numbers = count()
+    present: deque[tuple[Messages, Callable[[], bool]]] = deque()
+    came = 0
+
+    def leave() -> None:
+        messages, end = present.popleft()
+        end()
+        messages.close()
+
+    does = {"go": go.set, "quiet": quiet.set}
+    threading.Thread(target=words, args=(lambda word: does[word](),), daemon=True).start()
+    print("ready", flush=True)
+    go.wait()
+    with Pendulum(writer):
+        due = monotonic()
+        while not quiet.wait(max(0.0, due - monotonic())):
+            due = max(due + 1 / job.rate, monotonic())
+            messages = messages_of(job)
+            present.append((messages, messages.serve(f"{job.name}-{came}", handlers.methods())))
+            came += 1
+            for verb in CHURN_CALLS:
+                send(messages, writer, next(numbers), verb, job.timeout)
+            if len(present) > PRESENT:
+                leave()
+        while present:
+            leave()
+    write_counts(job, {"came": came})
+    os._exit(0)
+
+
 def main() -> None:
     """One process: the role, and its :class:`Job` as JSON."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started us, who then closes our input
-    {"server": server, "caller": caller}[sys.argv[1]](msgspec.json.decode(sys.argv[2], type=Job))
+    {"server": server, "caller": caller, "churn": churn}[sys.argv[1]](msgspec.json.decode(sys.argv[2], type=Job))
 
 
 if __name__ == "__main__":
