@@ -39,7 +39,7 @@ lint: $(STAMP)  ## ruff and mypy
 # Shorter with SECONDS=60, say; all else becomes shorter with it.
 SECONDS ?= 1800
 
-soak: $(STAMP)  ## half an hour under load and churn, then the long forms of what must be survived, twice that: build/soak
+soak: $(STAMP)  ## half an hour of load and churn, then the long forms of what must be survived: build/soak
 	@$(BIN)/python -m tests.system.soak --seconds $(SECONDS) --out build/soak
 
 bench: $(BENCH_STAMP)  ## measure onehop beside its peers and limits, about an hour: docs/performance
