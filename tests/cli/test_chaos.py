@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -128,7 +130,13 @@ def test_nothing_outlives_chaos_not_even_what_is_stopped(
         assert process.poll() is None
     children = descendants(process.pid)
     assert len(children) == 4
+    told = [Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0") for each in children]
+    (place,) = {Path(json.loads(words[-2])["directory"]).parent for words in told}
+    assert place.exists()
     process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == (-9 if number == signal.SIGKILL else 130)
     eventually(lambda: all(map(gone, children)))
+    if number == signal.SIGKILL:
+        shutil.rmtree(place)
+    assert not place.exists()
