@@ -1,4 +1,4 @@
-# Three commands do everything: make demo, make test, make bench. They need python3 (3.11 or later) with venv, and make.
+# Four commands do everything: make demo, make test, make soak, make bench. They need python3 (3.11 or later) with venv, and make.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -9,7 +9,7 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 HOSTS := $(if $(filter 0,$(shell id -u)),--onehop-require-hosts)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oslo lint bench bench-quick bench-simulator clean
+.PHONY: help demo test test-oslo lint soak bench bench-quick bench-simulator clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -35,6 +35,12 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy --strict src
+
+# Shorter with SECONDS=60, say; all else becomes shorter with it.
+SECONDS ?= 1800
+
+soak: $(STAMP)  ## half an hour of load and churn, then the long forms of what must be survived: build/soak
+	@$(BIN)/python -m tests.system.soak --seconds $(SECONDS) --out build/soak
 
 bench: $(BENCH_STAMP)  ## measure onehop beside its peers and limits, about an hour: docs/performance
 	@bash benchmarks/packages.sh

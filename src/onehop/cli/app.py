@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from onehop import OnehopError
-from onehop.cli import bench, calls, demo, look, serving, simulate
+from onehop.cli import bench, calls, chaos, demo, look, serving, simulate
 from onehop.cli.console import INTERRUPTED, complain, exit_code
 
 GLOBAL_OPTIONS = ("--registry", "--realm", "--run-directory", "--timeout")
@@ -88,6 +88,7 @@ def options(
 
 
 for command in (
-    demo.demo, look.ls, look.ping, calls.call, calls.cast, serving.serve, bench.bench, simulate.simulate, look.version,
+    demo.demo, look.ls, look.ping, calls.call, calls.cast, serving.serve, bench.bench, simulate.simulate,
+    chaos.chaos, look.version,
 ):  # fmt: skip
     app.command()(command)

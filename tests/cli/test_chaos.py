@@ -1,0 +1,142 @@
+"""``onehop chaos``: what it reports, that it tells when the ledger does not balance, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onehop.testing.chaos import plan
+from onehop.testing.hosts import Hosts
+
+LIAR = """
+from onehop.testing.chaos.programs import Onehop
+
+class Liar(Onehop):
+    def executed(self, error):
+        return "no"
+
+    def serve(self, name, methods):
+        def twice(request):
+            methods["call"](request)
+            return methods["call"](request)
+        return super().serve(name, {**methods, "call": twice})
+"""
+
+
+def test_same_arguments_give_the_same_plan_and_others_another() -> None:
+    kinds = list(plan.FAULTS)
+    assert plan.draw(7, 60.0, 3, kinds) == plan.draw(7, 60.0, 3, kinds)
+    assert plan.draw(7, 60.0, 3, kinds) != plan.draw(8, 60.0, 3, kinds)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_plan_leaves_one_server_alone_at_any_time_and_is_over_before_the_end(seed: int) -> None:
+    faults = plan.draw(seed, 60.0, 3, list(plan.FAULTS))
+    assert len(faults) > 5
+    for fault in faults:
+        assert fault.at >= plan.CALM
+        assert fault.at + fault.seconds <= 60.0 - plan.CALM
+        out = [other.server for other in faults if other.at <= fault.at < other.at + other.seconds]
+        assert len(out) == len(set(out)) < 3
+
+
+def test_chaos_reports_its_plan_its_figures_and_a_ledger_that_balances(run: Callable[..., Any], tmp_path: Path) -> None:
+    place = tmp_path / "ledger"
+    options = ("--fault", "kill", "--fault", "roll", "--ledger", place)
+    ended = run("chaos", "--seconds", 6, "--rate", 200, "--seed", 3, "--json", *options)
+    assert (ended.code, ended.json["breaches"]) == (0, []), ended
+    assert {each["kind"] for each in ended.json["plan"]} <= {"kill", "roll"}
+    assert ended.json["plan"] != []
+    lines = ended.json["ledger"].values()
+    assert ended.json["requests"] == sum(line["sent"] for line in lines) > 800
+    assert sum(line["silent"] for line in lines) == 0
+    assert ended.json["latency_ms"]["p50"] > 0
+    assert len(list(place.glob("*.ledger"))) >= 4
+
+
+def test_chaos_shows_people_what_happens_and_what_came_of_it(run: Callable[..., Any]) -> None:
+    ended = run("chaos", "--seconds", 4, "--rate", 100, "--fault", "hang", "--servers", 2)
+    assert ended.code == 0
+    assert "starting 2 servers" in ended.err
+    assert "The ledger balances." in ended.out
+
+
+def test_a_ledger_that_does_not_balance_is_told_and_fails(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "liar.py").write_text(LIAR)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    process = start("chaos", "--seconds", 4, "--rate", 50, "--over", "liar:Liar", "--seed", 3, cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "The ledger does not balance" in out
+    assert "it was run 2 times: call caller-1:" in err.splitlines()[-1]
+    assert "run it again with --seed 3" in err.splitlines()[-1]
+
+
+def test_faults_between_hosts_need_hosts(run: Callable[..., Any]) -> None:
+    ended = run("chaos", "--fault", "cut")
+    assert (ended.code, ended.sentence) == (2, "--fault cut needs --hosts; without there are kill, pause, hang, roll")
+
+
+def test_the_directory_of_the_ledger_must_be_new(run: Callable[..., Any], tmp_path: Path) -> None:
+    ended = run("chaos", "--ledger", tmp_path)
+    assert ended.code == 2
+    assert "it exists" in ended.sentence
+
+
+def test_chaos_on_hosts_balances(run: Callable[..., Any], onehop_hosts: Callable[..., Hosts]) -> None:
+    onehop_hosts(1)  # skips where there can be none
+    options = ("--fault", "power", "--fault", "one-way", "--seed", 2, "--rate", 100)
+    ended = run("chaos", "--hosts", "--seconds", 10, "--json", *options)
+    assert (ended.code, ended.json["breaches"]) == (0, []), ended
+    assert {each["kind"] for each in ended.json["plan"]} == {"power", "one-way"}
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for each in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = each.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(each.parent.name))
+    return found
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_outlives_chaos_not_even_what_is_stopped(
+    start: Callable[..., subprocess.Popen[str]], eventually: Callable[..., None], number: signal.Signals
+) -> None:
+    process = start("chaos", "--seconds", 60, "--fault", "pause", "--rate", 50)
+    assert process.stderr is not None
+    while "pause" not in process.stderr.readline():
+        assert process.poll() is None
+    children = descendants(process.pid)
+    assert len(children) == 4
+    told = [Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0") for each in children]
+    (place,) = {Path(json.loads(words[-2])["directory"]).parent for words in told}
+    assert place.exists()
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+    eventually(lambda: all(map(gone, children)))
+    if number == signal.SIGKILL:
+        shutil.rmtree(place)
+    assert not place.exists()
