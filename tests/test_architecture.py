@@ -60,8 +60,8 @@ LINES_OF_A_FILE = 700
 # silent peers by, and the ways in which a machine or a registry may refuse. Waiting in an asyncio loop came on top, and
 # the housekeeping for a thousand links, the few workers of quick methods, the receiver that runs a lone request itself,
 # and the express lane of the inbox. And what is beyond one host: endpoints of TCP, subsets, unused links that close,
-# returning in turn, and fan-outs through relays.
-CODE_LINES_OF_THE_CORE = 4_600
+# returning in turn, and fan-outs through relays. And who comes when the machine has no room.
+CODE_LINES_OF_THE_CORE = 4_780
 CORE = ("protocol", "transport", "oslo")
 
 

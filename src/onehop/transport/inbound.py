@@ -56,6 +56,7 @@ class Inbound:
         self.has_receiver = False
         self.resting = False
         self.led_by_loop = False
+        self.crowded = False
         self._inbox = inbox
         self._monitored = monitored
         self._lock = new_lock()
@@ -402,12 +403,17 @@ class Inbound:
     def look(self, now: float) -> None:
         """Timers, and a look at the socket if nobody leads."""
         self.change(Inbox.handle_timer, now)
+        self.look_at_arrivals()
         if self._lead.acquire(False):
             try:
                 self._receive(None, 0.0)
             finally:
                 self._lead.release()
                 self._hand_on()
+
+    def look_at_arrivals(self) -> None:
+        """See who has connected, and whether there is room for them."""
+        self.crowded = self.socket.look_at_arrivals(self.counts)
 
     def take(self, queue: Queue, until: float) -> Request | None:
         """The next request of ``queue``; None when ``until`` came first, or the queue is stopped and empty."""

@@ -1,0 +1,179 @@
+"""What happens at the limits of the machine: descriptors, memory, threads, disk."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket as net
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import zmq
+
+from onehop import CallError, Node
+from onehop.protocol import wire
+
+# Descriptors --------------------------------------------------------------------------------------
+
+DESCRIPTORS, STRANGERS = 256, 400
+CPU_SHARE, ALERT_WITHIN = 0.2, 5.0
+
+LIMITED_SERVER = """
+import json, logging, resource
+logging.basicConfig(filename=sys.argv[1], format="%(levelname)s %(threadName)s %(message)s")
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)
+held = []
+
+def hold():
+    "Opens all that is left."
+    try:
+        while True:
+            held.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        return len(held)
+
+def let_go():
+    while held:
+        os.close(held.pop())
+
+def report():
+    now = node.statistics()
+    return {"cpu": time.process_time(), "dropped": dict(now.dropped), "threads": sorted(
+        thread.name for thread in threading.enumerate() if not thread.name.startswith("onehop-worker"))}
+
+node = onehop.Node(**json.loads(sys.argv[3]))
+node.serve("clock", {"echo": lambda value: value, "report": report, "hold": hold, "let_go": let_go}, server="a")
+print("serving", flush=True)
+node.run()
+"""
+
+
+class Limited:
+    """A server that may open few descriptors.
+
+    Attributes:
+        log: what it has logged.
+        settings: of nodes that call it.
+    """
+
+    def __init__(self, start: Callable[..., Any], log: Path, settings: dict[str, Any], own: dict[str, Any]) -> None:
+        self.log, self.settings = log, settings
+        program = start(LIMITED_SERVER, str(log), str(DESCRIPTORS), json.dumps(own))
+        assert program.line() == "serving"
+
+
+@pytest.fixture(params=["in one host", "beyond it"])
+def limited(request: pytest.FixtureRequest, start: Callable[..., Any], tmp_path: Path, run_directory: str) -> Limited:
+    if request.param == "in one host":
+        return Limited(start, tmp_path / "log", {}, {})
+    ports: list[int] = []
+    while len(ports) < 2:
+        port = random.randrange(20_000, 32_000)  # below those of outgoing connections
+        with suppress(OSError), net.create_server(("127.0.0.1", port)):
+            ports.append(port)
+    shared = {
+        "registry": f"hosts://127.0.0.1:{ports[0]},127.0.0.2:{ports[0]}/",
+        "ports": f"{ports[1]}",
+        "insecure": True,
+    }
+    own = {"host": "a", "address": "127.0.0.1", "run_directory": f"{run_directory}/a"}
+    other = {"host": "b", "address": "127.0.0.2", "run_directory": f"{run_directory}/b"}
+    return Limited(start, tmp_path / "log", shared | other, shared | own)
+
+
+class Callers:
+    """Nodes that are connected already and go on calling, and how long the slowest call took."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self._nodes = nodes
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._call, args=(node,)) for node in nodes]
+        self.done = 0
+        self.slowest = 0.0
+        self.failed: list[BaseException] = []
+        for node in nodes:
+            assert node.call("clock", "echo", 0) == 0
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _call(self, node: Node) -> None:
+        number = 0
+        while not self._stop.wait(0.02):
+            number += 1
+            began = time.monotonic()
+            try:
+                assert node.call("clock", "echo", number) == number
+            except BaseException as error:
+                self.failed.append(error)
+            self.slowest = max(self.slowest, time.monotonic() - began)
+            self.done += 1
+
+
+@contextmanager
+def strangers(endpoint: str, count: int = STRANGERS) -> Iterator[list[zmq.Socket[bytes]]]:
+    """Sockets that connect, say hello, and come back when their connection ends."""
+    with zmq.Context() as context, ExitStack() as stack:
+        context.set(zmq.MAX_SOCKETS, 2 * count)
+        sockets = [stack.enter_context(context.socket(zmq.DEALER)) for _ in range(count)]
+        for number, socket in enumerate(sockets):
+            socket.linger = 0
+            socket.set(zmq.RECONNECT_IVL, 500)
+            socket.set(zmq.RECONNECT_IVL_MAX, 4000)
+            socket.connect(endpoint)
+            socket.send(wire.hello(wire.Hello(number.to_bytes(16, "big"), bytes(16))))
+        yield sockets
+
+
+def endpoint_of(node: Node) -> str:
+    [found] = [each for each in node.nodes() if "clock" in each.services]
+    return str(found.endpoints[-1])
+
+
+def test_more_clients_than_descriptors_are_turned_away_and_harm_nobody(
+    limited: Limited,
+    make_node: Callable[..., Node],
+    eventually: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    nodes = [make_node(timeout=10.0, **limited.settings) for _ in range(5)]
+    with Callers(nodes) as callers:
+        before = nodes[0].call("clock", "report")
+        began = time.monotonic()
+        with strangers(endpoint_of(nodes[0])):
+            eventually(lambda: "turned away until descriptors are free" in limited.log.read_text(), within=ALERT_WITHIN)
+            alerted = time.monotonic() - began
+            eventually(lambda: time.monotonic() - began > 10.0, within=12.0)
+            after = nodes[0].call("clock", "report")
+            share = (after["cpu"] - before["cpu"]) / (time.monotonic() - began)
+            with pytest.raises(CallError) as refused:
+                make_node(timeout=2.0, **limited.settings).call("clock", "echo", 1)
+            assert refused.value.executed == "no"
+        gone = time.monotonic()
+        late = make_node(timeout=20.0, **limited.settings)
+        eventually(lambda: "accepted again" in limited.log.read_text(), within=10.0)
+        assert late.client("clock", ready_timeout=10.0).call("echo", 2) == 2
+        recovered = time.monotonic() - gone
+    away = after["dropped"].get("connections turned away", 0)
+    with capsys.disabled():
+        print(
+            f"\nR14: {STRANGERS} clients at {DESCRIPTORS} descriptors: {share:.1%} of a processor, alert after "
+            f"{alerted:.2f} s, {away} turned away, {callers.done} calls of known peers, {len(callers.failed)} failed, "
+            f"the slowest {callers.slowest * 1000:.0f} ms; a new client served {recovered:.1f} s after the others left"
+        )
+    assert callers.failed == []
+    assert share < CPU_SHARE
+    assert limited.log.read_text().count("turned away until") == 1, "logged once"
+    assert after["dropped"]["times that listening ended for want of descriptors"] == 1
