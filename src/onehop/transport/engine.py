@@ -114,14 +114,14 @@ class Engine(Caller):
             queue.inbound = self.inbound
             self.inbound.change(Inbox.offer, service, server, queue)
             self._offers.append(Offer(service, server, queue, idempotent))
-            if receiver:
-                self._receive(self.inbound)
             try:
+                if receiver:
+                    self._receive(self.inbound)
+                self._keep()
                 self._announce()
             except errors.OnehopError:
                 self.withdraw(queue)
                 raise
-        self._keep()
 
     def withdraw(self, queue: Queue) -> None:
         """Take nothing more for ``queue``. What it has taken stays owed; polls return what is left."""
