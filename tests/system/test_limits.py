@@ -7,6 +7,7 @@ import random
 import socket as net
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -89,15 +90,16 @@ def limited(request: pytest.FixtureRequest, start: Callable[..., Any], tmp_path:
 class Callers:
     """Nodes that are connected already and go on calling, and how long the slowest call took."""
 
-    def __init__(self, nodes: list[Node]) -> None:
-        self._nodes = nodes
+    def __init__(self, nodes: list[Node], method: str = "echo") -> None:
+        self._arguments = [0] if method == "echo" else []
+        self._method = method
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._call, args=(node,)) for node in nodes]
         self.done = 0
         self.slowest = 0.0
         self.failed: list[BaseException] = []
         for node in nodes:
-            assert node.call("clock", "echo", 0) == 0
+            node.call("clock", method, *self._arguments)
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -110,12 +112,10 @@ class Callers:
             thread.join()
 
     def _call(self, node: Node) -> None:
-        number = 0
         while not self._stop.wait(0.02):
-            number += 1
             began = time.monotonic()
             try:
-                assert node.call("clock", "echo", number) == number
+                node.call("clock", self._method, *self._arguments)
             except BaseException as error:
                 self.failed.append(error)
             self.slowest = max(self.slowest, time.monotonic() - began)
@@ -177,3 +177,129 @@ def test_more_clients_than_descriptors_are_turned_away_and_harm_nobody(
     assert share < CPU_SHARE
     assert limited.log.read_text().count("turned away until") == 1, "logged once"
     assert after["dropped"]["times that listening ended for want of descriptors"] == 1
+
+
+# Threads ------------------------------------------------------------------------------------------
+
+FEW_THREADS = """
+import gc, resource, subprocess
+
+def room(size):
+    "From now on a stack of `size` is what a thread takes, and there is room for small things only."
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (256 << 20), resource.RLIM_INFINITY))
+    threading.stack_size(size)
+
+def scarce():
+    room(1 << 30)
+
+def plenty():
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    threading.stack_size(0)
+
+def told(action):
+    try:
+        action()
+    except onehop.ResourceLimit as error:
+        assert "the machine gives no thread for onehop-" in str(error) and "ulimit -u" in str(error), error
+        assert "\\n" not in str(error)
+        return True
+    return False
+"""
+
+
+def test_no_thread_is_one_sentence_and_whatever_needs_it_works_later(
+    start: Callable[..., Any], serve: Callable[..., Any]
+) -> None:
+    serve("a")
+    program = start(
+        FEW_THREADS
+        + """
+node, other = onehop.Node(timeout=5.0), onehop.Node(timeout=5.0)
+scarce()
+assert told(lambda: node.call("clock", "name"))
+assert told(lambda: node.serve("second", {"read": int}))
+assert told(lambda: node.call("clock", "name"))
+plenty()
+assert node.call("clock", "name") == "a"
+scarce()
+assert node.call("clock", "name") == "a"                       # a known peer takes no thread
+assert told(lambda: node.serve("second", {"read": int}))        # the receiver
+plenty()
+assert node.servers("second") == []
+node.serve("second", {"read": int})
+assert other.call("second", "read") == 0
+print("recovered", sorted({thread.name for thread in threading.enumerate()}), flush=True)
+"""
+    )
+    assert program.line().startswith("recovered")
+
+
+def test_server_without_threads_for_workers_refuses_and_serves_again(start: Callable[..., Any], make_node) -> None:  # type: ignore[no-untyped-def]
+    program = start(
+        FEW_THREADS
+        + """
+node = onehop.Node()
+node.serve("control", {"plenty": onehop.method(inline=True)(plenty)})
+node.serve("clock", {"read": time.monotonic})
+scarce()
+print("serving", flush=True)
+sys.stdin.read()
+"""
+    )
+    assert program.line() == "serving"
+    node = make_node(timeout=5.0)
+    with pytest.raises(CallError) as refused:
+        node.call("clock", "read")
+    assert (getattr(refused.value, "reason", ""), refused.value.executed) == ("full", "no")
+    node.call("control", "plenty")
+    assert node.call("clock", "read") > 0
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+FEW_BYTES = """
+import logging, resource
+logging.basicConfig(filename=sys.argv[1])
+
+def limit(size):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + size, resource.RLIM_INFINITY))
+
+def eat(size):
+    return len(bytearray(size))
+
+def report():
+    return sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith("onehop-worker"))
+
+node = onehop.Node(max_message=1 << 26)
+node.serve("clock", {"echo": len, "limit": limit, "eat": eat, "report": report, "read": time.monotonic}, workers=4)
+print("serving", flush=True)
+node.run()
+"""
+
+
+def test_no_memory_for_a_handler_or_a_message_is_an_error_of_that_call_alone(
+    start: Callable[..., Any], make_node: Callable[..., Node], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = start(FEW_BYTES, str(tmp_path / "log"))
+    assert program.line() == "serving"
+    node, other = make_node(timeout=3.0, max_message=1 << 26), make_node(timeout=10.0)
+    outcomes: Counter[str] = Counter()
+    assert node.call("clock", "echo", b"x") == 1
+    threads = other.call("clock", "report")
+    other.call("clock", "limit", 16 << 20)
+    with Callers([other], "read") as callers:
+        for _ in range(5):
+            for method, argument in (("eat", 1 << 30), ("echo", b"x" * (40 << 20))):
+                try:
+                    node.client("clock", ready_timeout=5.0).call(method, argument)
+                    outcomes[f"{method}: answered"] += 1
+                except CallError as error:
+                    outcomes[f"{method}: {type(error).__name__}, executed {error.executed}"] += 1
+    assert other.call("clock", "report") == threads
+    with capsys.disabled():
+        print(f"\nmemory: {dict(outcomes)}, {callers.done} other calls, {len(callers.failed)} failed")
+    assert outcomes["eat: RemoteError, executed yes"] == 5
+    assert callers.failed == []
+    assert program.process.poll() is None
