@@ -49,15 +49,17 @@ class Window:
 
     Attributes:
         next: the number that comes if nothing is missing or late.
+        refused: the last numbers that came and were not run, and why.
     """
 
-    __slots__ = ("_first", "_missing", "_reach", "next", "seen")
+    __slots__ = ("_first", "_missing", "_reach", "next", "refused", "seen")
 
     def __init__(self, reach: int, first: int = 1) -> None:
         self._first = first
         self.next = first
         self._missing: set[int] = set()
         self._reach = reach
+        self.refused: dict[int, str] = {}
         self.seen = 0.0
 
     def take(self, number: int) -> str:
@@ -75,6 +77,12 @@ class Window:
             self._missing.discard(number)
             return NEW
         return AGAIN
+
+    def refuse(self, number: int, reason: str) -> None:
+        """Remember that ``number`` was not run: its sender was told so, and a copy must not run either."""
+        if len(self.refused) >= self._reach:
+            del self.refused[next(iter(self.refused))]
+        self.refused[number] = reason
 
 
 class Sender:
@@ -362,17 +370,19 @@ class Inbox:
         size = len(frame) + (0 if body is None else len(body))
         service, server, _method = names
         targets = self._offers.get((service, server)) if server else self._services.get(service)
-        if head.number == 0:
-            self._refuse(identity, head.id, "expired")
+        # Before everything else: a copy of what runs must not be refused as not run.
+        if (news := sender.window.take(head.id)) is not NEW:
+            self._duplicate(identity, sender, head.kind, head.id, news)
+        elif head.number == 0:
+            self._refuse_new(identity, sender, head.id, "expired")
         elif self.draining:
-            self._refuse(identity, head.id, "draining")
+            self._refuse_new(identity, sender, head.id, "draining")
         elif not targets:
             known = service in self._services
-            self._refuse(identity, head.id, "no server" if known else "no service", server or service)
+            self._refuse_new(identity, sender, head.id, "no server" if known else "no service", server or service)
         elif len(self.taken) + len(targets) > self.messages or self.taken_bytes + size > self.size:
-            self._refuse(identity, head.id, "full", f"{len(self.taken)} requests are taken in and not answered")
-        elif (news := sender.window.take(head.id)) is not NEW:
-            self._duplicate(identity, sender, head.kind, head.id, news)
+            text = f"{len(self.taken)} requests are taken in and not answered"
+            self._refuse_new(identity, sender, head.id, "full", text)
         else:
             if body is None:
                 body = frame[start:]
@@ -397,7 +407,10 @@ class Inbox:
 
     def _duplicate(self, identity: bytes, sender: Sender, kind: int, id: int, news: str) -> None:
         self.counts["duplicates"] += 1
-        if kind == wire.CAST and news is AGAIN:
+        reason = sender.window.refused.get(id)
+        if reason is not None:
+            self._refuse(identity, id, reason)
+        elif kind == wire.CAST and news is AGAIN:
             self.outgoing.append((identity, wire.ack([id])))  # it was taken; say so again
         elif id not in sender.calls:
             self._refuse(identity, id, "duplicate")
@@ -414,6 +427,10 @@ class Inbox:
             request.cancelled = True
             self.counts["cancelled"] += 1
         moved.append(request)
+
+    def _refuse_new(self, identity: bytes, sender: Sender, id: int, reason: str, text: str = "") -> None:
+        sender.window.refuse(id, reason)
+        self._refuse(identity, id, reason, text)
 
     def _refuse(self, identity: bytes, id: int, reason: str, text: str = "") -> None:
         self.refused[reason] += 1
