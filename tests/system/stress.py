@@ -6,8 +6,9 @@
 
 Beside the threads, which share one node, a loop of the same process has a node of its own, on which as many tasks call
 as there are threads. Calls have random deadlines from half a millisecond to 30 s; some handlers are slow; some requests
-are casts; threads end and others start. At the end stands a ledger in which everything must be accounted for: a request without an
-outcome, a reply to another's request, a request that ran twice, a stall, or a table that is not empty is a failure.
+are casts; threads end and others start. At the end stands a ledger in which everything must be accounted for: a request
+without an outcome, a reply to another's request, a request that ran twice, a stall, or a table that is not empty is a
+failure.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def note(thread, number):
 def report():
     now = node.statistics()
     with lock:
-        return {"ran": sum(map(sum, seen.values())), "casts": sum(map(sum, casts.values())), "twice": twice[:10], "waiting": now.waiting,
+        return {"ran": sum(map(sum, seen.values())), "casts": sum(map(sum, casts.values())),
+                "twice": twice[:10], "waiting": now.waiting,
                 "refused": now.refused, "received": now.received, "dropped": now.dropped}
 
 node = onehop.Node()
