@@ -70,7 +70,8 @@ def remove_dead_sockets(directory: Path) -> None:
     """
     for path in directory.glob("*.sock"):
         with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
-            if not path.is_socket() or time.time() - path.stat().st_mtime < _YOUNG:
+            # By the wall clock, as the file's time is: where that has jumped, a file may seem to come from the future.
+            if not path.is_socket() or 0 <= time.time() - path.stat().st_mtime < _YOUNG:
                 continue
             probe.setblocking(False)
             if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
