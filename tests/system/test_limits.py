@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket as net
 import threading
@@ -15,9 +16,11 @@ from typing import Any, Self
 
 import pytest
 import zmq
+from tests.registry.servers import Redis, free_port
 
-from onehop import CallError, Node
+from onehop import CallError, Node, OnehopError
 from onehop.protocol import wire
+from onehop.registry.view import CACHE_PERIOD
 
 # Descriptors --------------------------------------------------------------------------------------
 
@@ -179,6 +182,36 @@ def test_more_clients_than_descriptors_are_turned_away_and_harm_nobody(
     assert after["dropped"]["times that listening ended for want of descriptors"] == 1
 
 
+def test_a_process_that_has_opened_all_its_descriptors_goes_on_with_whom_it_knows(
+    limited: Limited,
+    make_node: Callable[..., Node],
+    eventually: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    node = make_node(timeout=10.0, **limited.settings)
+    with Callers([node]) as callers:
+        threads = node.call("clock", "report")["threads"]
+        held = node.call("clock", "hold")
+        eventually(lambda: "turned away until" in limited.log.read_text(), within=ALERT_WITHIN)
+        cpu, began = node.call("clock", "report")["cpu"], time.monotonic()
+        fresh = make_node(timeout=1.0, **limited.settings)
+        with pytest.raises(OnehopError):
+            fresh.call("clock", "echo", 1)
+        eventually(lambda: time.monotonic() - began > 5.0, within=7.0)
+        share = (node.call("clock", "report")["cpu"] - cpu) / (time.monotonic() - began)
+        node.call("clock", "let_go")
+        assert make_node(timeout=20.0, **limited.settings).client("clock", ready_timeout=15.0).call("echo", 2) == 2
+        assert set(threads) <= set(node.call("clock", "report")["threads"])
+    with capsys.disabled():
+        print(
+            f"\nR14: a process that holds {held} descriptors more, and so all: {share:.1%} of a processor, "
+            f"{callers.done} calls of a known peer, {len(callers.failed)} failed"
+        )
+    assert callers.failed == []
+    assert share < CPU_SHARE
+    assert "Traceback" not in limited.log.read_text()
+
+
 # Threads ------------------------------------------------------------------------------------------
 
 FEW_THREADS = """
@@ -303,3 +336,106 @@ def test_no_memory_for_a_handler_or_a_message_is_an_error_of_that_call_alone(
     assert outcomes["eat: RemoteError, executed yes"] == 5
     assert callers.failed == []
     assert program.process.poll() is None
+
+
+# Disk ---------------------------------------------------------------------------------------------
+
+FULL_DISK = """
+import ctypes, logging
+logging.basicConfig(filename=sys.argv[1])
+libc = ctypes.CDLL(None, use_errno=True)
+
+def checked(result):
+    if result:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+def small_disk(path):
+    "A file system of 64 KiB at `path`, which only this process sees."
+    os.makedirs(path, exist_ok=True)
+    checked(libc.unshare(0x00020000))
+    checked(libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None))
+    checked(libc.mount(b"none", path.encode(), b"tmpfs", 0, b"size=64k,mode=700"))
+
+def fill(path):
+    with open(f"{path}/full", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+def told(action, error, words):
+    try:
+        action()
+    except error as raised:
+        assert words in str(raised) and "\\n" not in str(raised), raised
+        return True
+    return False
+"""
+
+
+@pytest.fixture
+def is_root() -> None:
+    assert os.geteuid() == 0, "a file system of one's own takes root"
+
+
+def test_full_run_directory_is_one_sentence_and_calls_go_on(
+    is_root: None, start: Callable[..., Any], tmp_path: Path, run_directory: str
+) -> None:
+    program = start(
+        FULL_DISK
+        + """
+place = os.environ["ONEHOP_RUN_DIRECTORY"]
+small_disk(place)
+first, calling, late = onehop.Node(timeout=5.0), onehop.Node(timeout=5.0), onehop.Node(timeout=5.0)
+first.serve("clock", {"read": lambda: 1})
+assert calling.call("clock", "read") == 1
+fill(place)
+assert told(lambda: late.serve("late", {"read": lambda: 2}), onehop.OnehopError, "No space left on device")
+assert told(lambda: first.serve("second", {"read": lambda: 3}), onehop.RegistryError, "No space left on device")
+until = time.monotonic() + 4.0  # two looks at everything
+while time.monotonic() < until:
+    assert calling.call("clock", "read") == 1
+    time.sleep(0.01)
+os.unlink(place + "/full")
+first.serve("second", {"read": lambda: 3})
+late.serve("late", {"read": lambda: 2})
+assert calling.client("second", ready_timeout=5.0).call("read") == 3
+assert calling.client("late", ready_timeout=5.0).call("read") == 2
+assert calling.call("clock", "read") == 1
+print("recovered", flush=True)
+[each.close() for each in (calling, late, first)]
+""",
+        str(tmp_path / "log"),
+    )
+    assert program.line() == "recovered"
+    assert program.wait() == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_full_cache_directory_is_logged_once_and_calls_go_on(
+    is_root: None, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    with Redis() as server:
+        program = start(
+            FULL_DISK
+            + """
+place, port = sys.argv[2], sys.argv[4]
+small_disk(place)
+fill(place)
+settings = {"registry": sys.argv[3], "insecure": True, "address": "127.0.0.1", "ports": port, "cache_directory": place}
+node, calling = onehop.Node(**settings), onehop.Node(**settings)
+for number in range(2):
+    node.serve(f"clock-{number}", {"read": lambda: 1})
+    assert calling.client(f"clock-{number}", ready_timeout=5.0).call("read") == 1
+    time.sleep(float(sys.argv[5]))
+print("called", flush=True)
+[each.close() for each in (calling, node)]
+""",
+            str(tmp_path / "log"), str(tmp_path / "cache"), server.url(), str(free_port()), str(CACHE_PERIOD + 0.2),
+        )  # fmt: skip
+        assert program.line() == "called"
+        assert program.wait() == 0
+    log = (tmp_path / "log").read_text()
+    assert log.count("No space left on device") == 1
+    assert "Traceback" not in log
