@@ -22,6 +22,7 @@
       RegistryError            where records live could not be reached or used
       SettingsError            a setting, an argument or a URL is wrong
       ResourceLimit            the machine refused: descriptors, sockets
+        NoThread               ... or a thread
       NodeClosed               you closed it (compare PeerLost: they did)
 
 Every :class:`CallError` carries ``executed``: ``"no"``, ``"yes"`` or ``"unknown"``, the answer to the
