@@ -85,6 +85,7 @@ class Stress:
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[Any] = []
         self.longest_stalls = [0.0, 0.0]
+        self.longest_gap = 0.0
         self.worst_overrun = 0.0
         self._seed = seed
         self._lock = threading.Lock()
@@ -208,11 +209,12 @@ class Stress:
     def _watch(self, slots: list[threading.Thread]) -> None:
         """The longest time in which no call at all ended, and in which none of the loop did."""
         began = time.monotonic()
-        last, changed = [-1, 0], [began, began]
+        last, changed, looked = [-1, 0], [began, began], began
         pause = threading.Event()
         while any(each.is_alive() for each in slots):
             pause.wait(0.02)
             now, ended = time.monotonic(), [self._ended, self._ended_in_loop]
+            self.longest_gap, looked = max(self.longest_gap, now - looked), now
             for which in (0, 1):
                 if which == 0 or (ended[1] > 0 and slots[-1].is_alive()):
                     self.longest_stalls[which] = max(self.longest_stalls[which], now - changed[which])
@@ -238,6 +240,7 @@ class Stress:
             f"  longest stall {self.longest_stalls[0]:.3f} s, of the loop's {self._ended_in_loop} calls "
             f"{self.longest_stalls[1]:.3f} s; worst overrun of a deadline {self.worst_overrun:.3f} s"
         )
+        print(f"  longest time in which who watches was not run itself: {self.longest_gap:.3f} s")
         for each in reports:
             print(f"  server: {each}")
         checks = {
