@@ -34,11 +34,11 @@ def _used_descriptors(enough: int) -> int:
 
 
 def free_descriptors() -> int:
-    """How many more descriptors this process may open before its soft limit is reached."""
+    """How many more descriptors this process may open below its soft limit; told too low where that is far."""
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return LARGEST_LIMIT
-    return soft - _used_descriptors(soft)
+    return soft - _used_descriptors(soft - 2 * listening_reserve())  # exactly, where that matters
 
 
 def listening_reserve() -> int:
