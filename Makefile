@@ -9,7 +9,7 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 HOSTS := $(if $(filter 0,$(shell id -u)),--onehop-require-hosts)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oslo lint soak bench bench-quick bench-simulator clean
+.PHONY: help demo test test-oslo lint soak fuzz storms bench bench-quick bench-simulator clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -41,6 +41,14 @@ SECONDS ?= 1800
 
 soak: $(STAMP)  ## half an hour of load and churn, then the long forms of what must be survived: build/soak
 	@$(BIN)/python -m tests.system.soak --seconds $(SECONDS) --out build/soak
+
+fuzz: $(STAMP)  ## a million fuzzed frames, 10 MB/s of garbage, a million requests that come up to three times; 15 min
+	@$(BIN)/python tests/fuzz/flood.py --frames 1000000 --seconds 60
+	@$(BIN)/python tests/system/disturbed.py --requests 1000000
+
+storms: $(STAMP)  ## a thousand forks beside 32 threads; ten million calls of 64 threads and a loop; 15 min
+	@$(BIN)/python tests/system/forks.py --forks 1000
+	@$(BIN)/python tests/system/stress.py --calls 10000000
 
 bench: $(BENCH_STAMP)  ## measure onehop beside its peers and limits, about an hour: docs/performance
 	@bash benchmarks/packages.sh

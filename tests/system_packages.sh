@@ -12,6 +12,7 @@ command -v etcd >/dev/null || missing+=(etcd-server)
 [ -e /usr/share/java/zookeeper.jar ] || missing+=(zookeeper)
 command -v java >/dev/null || missing+=(default-jre-headless)
 command -v ip >/dev/null || missing+=(iproute2)
+command -v faketime >/dev/null || missing+=(faketime)
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then

@@ -22,6 +22,7 @@
       RegistryError            where records live could not be reached or used
       SettingsError            a setting, an argument or a URL is wrong
       ResourceLimit            the machine refused: descriptors, sockets
+        NoThread               ... or a thread
       NodeClosed               you closed it (compare PeerLost: they did)
 
 Every :class:`CallError` carries ``executed``: ``"no"``, ``"yes"`` or ``"unknown"``, the answer to the
@@ -168,7 +169,19 @@ class SettingsError(OnehopError, ValueError):
 
 
 class ResourceLimit(OnehopError):
-    """The machine refused a descriptor or a socket; the message says which limit to raise."""
+    """The machine refused a descriptor, a socket or a thread; the message says which limit to raise."""
+
+
+class NoThread(ResourceLimit, RuntimeError):
+    """The machine gave no thread; nothing was begun that needs one. It may be tried again."""
+
+    @classmethod
+    def told(cls, name: str, error: RuntimeError) -> NoThread:
+        """The error for the thread ``name``."""
+        return cls(
+            f"the machine gives no thread for {name}: {error}; raise the limit (ulimit -u, or TasksMax= in its systemd "
+            "unit), or give it memory"
+        )
 
 
 class NodeClosed(OnehopError):

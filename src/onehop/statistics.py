@@ -55,7 +55,8 @@ class Statistics(msgspec.Struct, frozen=True):
     received: Mapping[str, int]
     """What else came in: bad frames, duplicates, cancelled calls, version mismatches."""
     dropped: Mapping[str, int]
-    """What could not be delivered: answers to peers that are gone or do not read."""
+    """What could not be delivered, such as answers to peers that are gone or do not read; and connections that were
+    turned away for want of descriptors, or failed before a first message."""
     registry: str
     """The registry's URL, without its password."""
     records: int

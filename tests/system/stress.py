@@ -1,17 +1,20 @@
-"""Many threads on one client against two server processes, with every reply checked against its request.
+"""Many threads on one client, and a loop, against two server processes; every reply is checked against its request.
 
 ::
 
     python tests/system/stress.py --calls 1000000 --threads 64
 
-Calls have random deadlines from half a millisecond to 30 s; some handlers are slow; some requests are casts; threads
-end and others start. At the end stands a ledger in which everything must be accounted for: a request without an
-outcome, a reply to another's request, a request that ran twice, a stall, or a table that is not empty is a failure.
+Beside the threads, which share one node, a loop of the same process has a node of its own, on which as many tasks call
+as there are threads. Calls have random deadlines from half a millisecond to 30 s; some handlers are slow; some requests
+are casts; threads end and others start. At the end stands a ledger in which everything must be accounted for: a request
+without an outcome, a reply to another's request, a request that ran twice, a stall, or a table that is not empty is a
+failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import random
 import shutil
@@ -24,36 +27,37 @@ from collections import Counter
 from typing import Any
 
 import onehop
+import onehop.asyncio
 
 SERVER = """
 import sys, threading, time
 import onehop
 
 lock = threading.Lock()
-seen = {}
+seen, casts = {}, {}  # by thread: what ran, a byte each, since ten million may
 twice = []
-casts = set()
+
+def mark(table, thread, number):
+    with lock:
+        ran = table.setdefault(thread, bytearray(500))
+        if ran[number]:
+            twice.append((thread, number))
+        ran[number] = 1
 
 def echo(thread, number, seconds):
-    key = (thread, number)
-    with lock:
-        if key in seen:
-            twice.append(key)
-        seen[key] = None
+    mark(seen, thread, number)
     if seconds:
         time.sleep(seconds)
     return [thread, number]
 
 def note(thread, number):
-    with lock:
-        if (thread, number) in casts:
-            twice.append((thread, number))
-        casts.add((thread, number))
+    mark(casts, thread, number)
 
 def report():
     now = node.statistics()
     with lock:
-        return {"ran": len(seen), "casts": len(casts), "twice": twice[:10], "waiting": now.waiting,
+        return {"ran": sum(map(sum, seen.values())), "casts": sum(map(sum, casts.values())),
+                "twice": twice[:10], "waiting": now.waiting,
                 "refused": now.refused, "received": now.received, "dropped": now.dropped}
 
 node = onehop.Node()
@@ -80,13 +84,16 @@ class Stress:
         self.threads = threads
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[Any] = []
-        self.longest_stall = 0.0
+        self.longest_stalls = [0.0, 0.0]
+        self.longest_gap = 0.0
         self.worst_overrun = 0.0
         self._seed = seed
         self._lock = threading.Lock()
         self._begun = 0
         self._ended = 0
         self._numbers = 0
+        self._ended_in_loop = 0
+        self.loop_in_flight = -1
 
     def run(self) -> bool:
         """Run it and print the ledger; whether all adds up."""
@@ -109,11 +116,47 @@ class Stress:
                     assert end is not None
                     end.close()
 
+    async def _loop(self) -> None:
+        async with onehop.asyncio.Node() as node:
+            assert await node.wait_for("stress", count=2, timeout=10.0)
+            client = node.client("stress", timeout=30.0)
+            await asyncio.gather(*(self._task(client) for _ in range(self.threads)))
+            self.loop_in_flight = sum(peer.in_flight for peer in node.statistics().peers)
+
+    async def _task(self, client: onehop.asyncio.Client) -> None:
+        while (taken := self._take()) is not None:
+            thread, share = taken
+            outcomes: Counter[str] = Counter()
+            for number in range(share):
+                try:
+                    reply = await client.call("echo", thread, number, 0)
+                    outcomes["replied"] += 1
+                    if reply != [thread, number]:
+                        self.wrong.append((thread, number, reply))
+                except BaseException as error:
+                    self.wrong.append((thread, number, repr(error)))
+                self._ended += 1
+                self._ended_in_loop += 1
+            with self._lock:
+                self.outcomes += outcomes
+
+    def _take(self) -> tuple[int, int] | None:
+        """The next share of the calls: whose it is, and how many; None when all have begun."""
+        with self._lock:
+            if self._begun >= self.calls:
+                return None
+            self._numbers += 1
+            share = random.Random(self._seed + self._numbers).randint(50, 500)
+            share = min(share, self.calls - self._begun)
+            self._begun += share
+            return self._numbers, share
+
     def _measure(self, node: onehop.Node) -> bool:
         client = node.client("stress", timeout=30.0)
         client.call("echo", -1, 0, 0), client.call("echo", -1, 1, 0)
         began = time.monotonic()
         slots = [threading.Thread(target=self._slot, args=(client,)) for _ in range(self.threads)]
+        slots.append(threading.Thread(target=lambda: asyncio.run(self._loop())))
         watcher = threading.Thread(target=self._watch, args=(slots,))
         for each in slots:
             each.start()
@@ -126,15 +169,8 @@ class Stress:
 
     def _slot(self, client: onehop.Client) -> None:
         """One thread after another, until enough calls were made."""
-        while True:
-            with self._lock:
-                if self._begun >= self.calls:
-                    return
-                self._numbers += 1
-                number = self._numbers
-                share = min(random.Random(self._seed + number).randint(50, 500), self.calls - self._begun)
-                self._begun += share
-            worker = threading.Thread(target=self._work, args=(client, number, share))
+        while (taken := self._take()) is not None:
+            worker = threading.Thread(target=self._work, args=(client, *taken))
             worker.start()
             worker.join()
 
@@ -171,15 +207,19 @@ class Stress:
             self.worst_overrun = max(self.worst_overrun, worst)
 
     def _watch(self, slots: list[threading.Thread]) -> None:
-        """The longest time in which no call at all ended."""
-        last, changed = -1, time.monotonic()
+        """The longest time in which no call at all ended, and in which none of the loop did."""
+        began = time.monotonic()
+        last, changed, looked = [-1, 0], [began, began], began
         pause = threading.Event()
         while any(each.is_alive() for each in slots):
             pause.wait(0.02)
-            now = time.monotonic()
-            self.longest_stall = max(self.longest_stall, now - changed)
-            if self._ended != last:
-                last, changed = self._ended, now
+            now, ended = time.monotonic(), [self._ended, self._ended_in_loop]
+            self.longest_gap, looked = max(self.longest_gap, now - looked), now
+            for which in (0, 1):
+                if which == 0 or (ended[1] > 0 and slots[-1].is_alive()):
+                    self.longest_stalls[which] = max(self.longest_stalls[which], now - changed[which])
+                if ended[which] != last[which] or ended[1] == 0:
+                    last[which], changed[which] = ended[which], now
 
     def _judge(self, node: onehop.Node, client: onehop.Client, seconds: float) -> bool:
         reports = [client.at(name).call("report") for name in ("a", "b")]
@@ -196,7 +236,11 @@ class Stress:
         for outcome, count in sorted(self.outcomes.items()):
             print(f"  {outcome}: {count}")
         print(f"  ran: {ran} calls, {casts} casts | late replies dropped: {sum(peer.late for peer in now.peers)}")
-        print(f"  longest stall {self.longest_stall:.3f} s, worst overrun of a deadline {self.worst_overrun:.3f} s")
+        print(
+            f"  longest stall {self.longest_stalls[0]:.3f} s, of the loop's {self._ended_in_loop} calls "
+            f"{self.longest_stalls[1]:.3f} s; worst overrun of a deadline {self.worst_overrun:.3f} s"
+        )
+        print(f"  longest time in which who watches was not run itself: {self.longest_gap:.3f} s")
         for each in reports:
             print(f"  server: {each}")
         checks = {
@@ -207,8 +251,8 @@ class Stress:
             <= ran
             <= self.outcomes["replied"] + unknown,
             "every cast ran": casts == self.outcomes["cast"],
-            "no stall above 1 s": self.longest_stall < STALL,
-            "tables are empty": all(peer.in_flight == 0 for peer in now.peers),
+            "no stall above 1 s": max(self.longest_stalls) < STALL,
+            "tables are empty": all(peer.in_flight == 0 for peer in now.peers) and self.loop_in_flight == 0,
             "the servers' queues are empty": all(each["waiting"] == 0 for each in reports),
         }
         for check, holds in checks.items():

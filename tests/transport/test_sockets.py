@@ -20,6 +20,7 @@ import pytest
 import zmq
 
 from onehop.errors import ResourceLimit, SettingsError
+from onehop.transport.descriptors import check_descriptors
 from onehop.transport.sockets import (
     INBOUND_OPTIONS,
     LINK_OPTIONS,
@@ -27,7 +28,6 @@ from onehop.transport.sockets import (
     LOCAL_LINK_OPTIONS,
     Options,
     ZmqCarrier,
-    check_descriptors,
 )
 from onehop.transport.waiting import poll
 
@@ -315,7 +315,7 @@ def run(program: str, **environment: str) -> str:
 
 def test_soft_limit_is_raised_where_the_hard_one_allows() -> None:
     told = run("""
-        from onehop.transport.sockets import check_descriptors
+        from onehop.transport.descriptors import check_descriptors
         resource.setrlimit(resource.RLIMIT_NOFILE, (80, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         check_descriptors(100)
         print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= used() + 164)
@@ -545,7 +545,7 @@ def test_interrupted_gather_leaves_nothing_under_way(make_node: Callable[..., An
 def test_descriptors_that_others_open_are_counted_at_once() -> None:
     told = run("""
         from onehop.errors import ResourceLimit
-        from onehop.transport.sockets import check_descriptors
+        from onehop.transport.descriptors import check_descriptors
         limit(1000)
         check_descriptors(5)
         held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1000 - used() + 1 - 64 - 5)]
@@ -565,7 +565,7 @@ def test_descriptors_that_others_open_are_counted_at_once() -> None:
 def test_checking_descriptors_costs_the_same_where_many_are_open() -> None:
     told = run("""
         import time
-        from onehop.transport.sockets import check_descriptors
+        from onehop.transport.descriptors import check_descriptors
         def cost():
             began = time.process_time()
             for _ in range(100):

@@ -52,15 +52,17 @@ class Window:
     Attributes:
         next: the number that comes if nothing is missing or late.
         connections: on which they come; those that ended too, while something that came on them is not finished.
+        refused: the last numbers that came and were not run, and why.
     """
 
-    __slots__ = ("_first", "_missing", "_reach", "connections", "next", "seen")
+    __slots__ = ("_first", "_missing", "_reach", "connections", "next", "refused", "seen")
 
     def __init__(self, reach: int, first: int = 1) -> None:
         self._first = first
         self.next = first
         self._missing: set[int] = set()
         self._reach = reach
+        self.refused: dict[int, str] = {}
         self.seen = 0.0
         self.connections: list[Sender] = []
 
@@ -79,6 +81,12 @@ class Window:
             self._missing.discard(number)
             return NEW
         return AGAIN
+
+    def refuse(self, number: int, reason: str) -> None:
+        """Remember that ``number`` was not run: its sender was told so, and a copy must not run either."""
+        if len(self.refused) >= self._reach:
+            del self.refused[next(iter(self.refused))]
+        self.refused[number] = reason
 
 
 class Sender:
@@ -398,17 +406,18 @@ class Inbox:
         size = len(frame) + (0 if body is None else len(body))
         service, server, _method = names
         targets = self._offers.get((service, server)) if server else self._services.get(service)
-        if head.number == 0:
-            self._refuse(identity, head.id, "expired")
+        # Before everything else: a copy of what runs must not be refused as not run.
+        if (news := sender.window.take(head.id)) is not NEW:
+            self._duplicate(identity, sender, head.kind, head.id, news)
+        elif head.number == 0:
+            self._refuse_new(identity, sender, head.id, "expired")
         elif self.draining:
-            self._refuse(identity, head.id, "draining")
+            self._refuse_new(identity, sender, head.id, "draining")
         elif not targets:
             known = service in self._services
-            self._refuse(identity, head.id, "no server" if known else "no service", server or service)
+            self._refuse_new(identity, sender, head.id, "no server" if known else "no service", server or service)
         elif (full := self._full(sender, len(targets), size)) is not None:
-            self._refuse(identity, head.id, "full", full)
-        elif (news := sender.window.take(head.id)) is not NEW:
-            self._duplicate(identity, sender, head.kind, head.id, news)
+            self._refuse_new(identity, sender, head.id, "full", full)
         else:
             if body is None:
                 body = frame[start:]
@@ -444,6 +453,10 @@ class Inbox:
 
     def _duplicate(self, identity: bytes, sender: Sender, kind: int, id: int, news: str) -> None:
         self.counts["duplicates"] += 1
+        reason = sender.window.refused.get(id)
+        if reason is not None:
+            self._refuse(identity, id, reason)
+            return
         if kind == wire.CAST and news is AGAIN:
             self.outgoing.append((identity, wire.ack([id])))  # it was taken; say so again
             return
@@ -474,6 +487,10 @@ class Inbox:
             request.cancelled = True
             self.counts["cancelled"] += 1
         moved.append(request)
+
+    def _refuse_new(self, identity: bytes, sender: Sender, id: int, reason: str, text: str = "") -> None:
+        sender.window.refuse(id, reason)
+        self._refuse(identity, id, reason, text)
 
     def _refuse(self, identity: bytes, id: int, reason: str, text: str = "") -> None:
         self.refused[reason] += 1

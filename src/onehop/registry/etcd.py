@@ -26,6 +26,7 @@ from urllib3.response import HTTPResponse
 
 from onehop.errors import RegistryError, SettingsError
 from onehop.registry.leased import LeasedRegistry, LeaseLost, Store, StoreAway, Tell, quoted, unquoted
+from onehop.registry.threads import start_thread
 from onehop.registry.urls import Place, parse
 from onehop.settings import Settings
 
@@ -530,8 +531,7 @@ class _Stream:
             self.wire.setsockopt(socket.IPPROTO_TCP, option, value)
         self.wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.wire.settimeout(None)
-        self._thread = threading.Thread(target=self._run, name="onehop-etcd", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("onehop-etcd", self._run)
 
     def cut(self, why: str) -> None:
         """Break it."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from onehop.addresses import listening_ports, resolve
-from onehop.errors import RegistryError, SettingsError
+from onehop.errors import NoThread, RegistryError, SettingsError
 from onehop.interfaces import Deliver, Record, Registry
 from onehop.registry import urls
 from onehop.registry.directory import HANDSHAKE, LONGEST_LEASE, SHORTEST_LEASE, Directory, join, part
@@ -43,6 +43,7 @@ from onehop.registry.directory_messages import (
 from onehop.registry.hosts_file import HostsFile, HostsList, Server
 from onehop.registry.lines import ALIVE, Broken, Line, Loop
 from onehop.registry.local import LocalRegistry
+from onehop.registry.threads import start_thread
 from onehop.registry.view import Cache
 from onehop.settings import Settings
 
@@ -443,7 +444,11 @@ class _Watcher(Loop):
             self.wake()
 
         link.resolving = True
-        threading.Thread(target=look_up, name="onehop-resolver", daemon=True).start()
+        try:
+            start_thread("onehop-resolver", look_up)
+        except NoThread as error:
+            link.resolved.append(OSError(str(error)))
+            self.wake()
         return None
 
     def _connect(self, link: _Link, now: float) -> None:

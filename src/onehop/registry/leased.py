@@ -21,6 +21,7 @@ import msgspec
 
 from onehop.errors import RegistryError
 from onehop.interfaces import Deliver, Record, Registry
+from onehop.registry.threads import start_thread
 from onehop.registry.urls import Place
 from onehop.registry.view import CACHE_PERIOD, RECORD_LIMIT, Cache, View, node_problem
 from onehop.settings import Settings
@@ -371,8 +372,7 @@ class _Keeper:
 
     def _start(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="onehop-registry", daemon=True)
-            self._thread.start()
+            self._thread = start_thread("onehop-registry", self._run)
         self._state.notify_all()
 
     def _refused(self) -> RegistryError | None:

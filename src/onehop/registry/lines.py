@@ -13,6 +13,8 @@ from collections import deque
 from contextlib import suppress
 from typing import Any
 
+from onehop.registry.threads import start
+
 ALIVE = b"\n"  # an empty line: a sign of life
 BACKLOG_LIMIT = 8 * 1024 * 1024  # bytes that wait for a slow reader, beside one line
 _CHUNK = 256 * 1024
@@ -129,7 +131,7 @@ class Loop:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        start(self._thread)
 
     def wake(self) -> None:
         """Have the thread take a turn. From any thread."""
@@ -143,7 +145,7 @@ class Loop:
             if not self.ending:
                 self.ending = True
                 os.eventfd_write(self._wake, 1)
-        if self._thread is not threading.current_thread():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=1.0)
 
     def turn(self, ready: list[tuple[Any, int]], now: float) -> float:

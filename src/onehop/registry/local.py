@@ -25,9 +25,10 @@ from urllib.parse import quote
 
 import msgspec
 
-from onehop.errors import OnehopError, RegistryError, SettingsError
+from onehop.errors import NoThread, OnehopError, RegistryError, SettingsError
 from onehop.interfaces import Deliver, Record, Registry
 from onehop.registry.inotify import Changes, Inotify
+from onehop.registry.threads import start_thread
 from onehop.settings import Settings, redacted
 
 RECORD_LIMIT = 1024 * 1024  # bytes of one record
@@ -69,7 +70,8 @@ def remove_dead_sockets(directory: Path) -> None:
     """
     for path in directory.glob("*.sock"):
         with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
-            if not path.is_socket() or time.time() - path.stat().st_mtime < _YOUNG:
+            # By the wall clock, as the file's time is: where that has jumped, a file may seem to come from the future.
+            if not path.is_socket() or 0 <= time.time() - path.stat().st_mtime < _YOUNG:
                 continue
             probe.setblocking(False)
             if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
@@ -249,7 +251,12 @@ class LocalRegistry(Registry):
         with self._looking():
             self._deliver, self._view = deliver, None
         self._look()
-        self._watch.start()
+        try:
+            self._watch.start()
+        except NoThread:
+            watch, self._watch, self._deliver = self._watch, None, None
+            _part(self, watch)
+            raise
 
     def refresh(self) -> None:
         if self._deliver is not None:
@@ -460,8 +467,7 @@ class _Watch:
         """Start the thread, if it does not run."""
         with _sharing():
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="onehop-registry", daemon=True)
-                self._thread.start()
+                self._thread = start_thread("onehop-registry", self._run)
 
     def has_seen_all(self) -> bool:
         """Whether whatever happened before this was asked has been looked at, and delivered. Never waits.

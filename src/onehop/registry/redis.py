@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from onehop.errors import OnehopError, RegistryError, SettingsError
 from onehop.registry.leased import LeasedRegistry, LeaseLost, Store, StoreAway, Tell
 from onehop.registry.redis_commands import SCRIPTS, Command, Keys, Value, service_named
+from onehop.registry.threads import start_thread
 from onehop.registry.urls import Place, parse
 from onehop.settings import Settings
 
@@ -237,8 +238,7 @@ class _Listener:
         self._counts: dict[str, int] = {}  # of each followed service: the last change that was told
         self._behind: dict[str, int] = {}  # what the count should be by the next question: messages may be under way
         self._nodes: dict[str, set[str]] = {}
-        self._thread = threading.Thread(target=self._run, name="onehop-redis", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("onehop-redis", self._run)
 
     def follow(self, service: str) -> dict[tuple[str, str], bytes]:
         """Subscribe, and read what is there. For the store's thread."""

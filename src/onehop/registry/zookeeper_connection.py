@@ -26,6 +26,7 @@ from kazoo.security import CREATOR_ALL_ACL, OPEN_ACL_UNSAFE, READ_ACL_UNSAFE
 
 from onehop.errors import RegistryError
 from onehop.registry.leased import StoreAway
+from onehop.registry.threads import start
 from onehop.registry.urls import Place
 
 PATIENCE = 10.0  # seconds until an answer is given up; a server that hangs is noticed before, by its session
@@ -137,7 +138,7 @@ class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
 
     def spawn(self, func: Any, *args: Any, **kwargs: Any) -> threading.Thread:
         self._thread = threading.Thread(target=func, args=args, kwargs=kwargs, name="onehop-zookeeper", daemon=True)
-        self._thread.start()
+        start(self._thread)
         return self._thread
 
     def create_socket_pair(self) -> Sequence[socket.socket]:

@@ -340,11 +340,21 @@ class BlockingEngine(Engine):
         while not self.closed:
             woken = self._wait_for_news(self.tidy(woken))
 
+    def _await_arrivals(self, inbound: Inbound) -> None:
+        self._watch.add(inbound.socket.arrivals_fd, inbound)
+
     def _wait_for_news(self, seconds: float) -> list[Link]:
-        woken = []
-        for descriptor, link in self._watch.wait(seconds):
+        woken, until = [], monotonic() + seconds
+        ready = self._watch.wait(seconds)
+        while self.inbound is not None and [whose for _, whose in ready] == [self.inbound]:
+            self.inbound.look_at_arrivals()  # of a thousand that come at once each would be the reason of a round
+            ready = self._watch.wait(max(until - monotonic(), 0.0))
+        for descriptor, link in ready:
             if link is None:
                 self._wake.clear()
+                continue
+            if link is self.inbound:
+                self.inbound.look_at_arrivals()
                 continue
             if descriptor == link.socket.fd:
                 self._rest(link, False)  # until its callers leave it idle again, they are woken and not this thread

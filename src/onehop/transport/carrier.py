@@ -6,6 +6,7 @@ connection, delivers each whole or not at all, loses what was under way when the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -65,6 +66,8 @@ class InboundSocket(Protocol):
 
     fd: int
     endpoints: tuple[str, ...]
+    arrivals_fd: int = -1
+    """Becomes readable when :meth:`look_at_arrivals` may have news; -1 where it never has."""
 
     def send(self, identity: bytes, frame: bytes) -> bool:
         """Hand ``frame`` over to one connection; False when it has no room.
@@ -98,6 +101,17 @@ class InboundSocket(Protocol):
         wake.wait(milliseconds / 1000)
         self.drain(1, into)
         return True
+
+    def look_at_arrivals(self, counts: Counter[str]) -> bool:
+        """Look who has connected; whoever comes while the machine has no room for it is turned away. From any thread.
+
+        Args:
+            counts: gets who was turned away, and what went wrong before a first message.
+
+        Returns:
+            Whether there is no room: then look again soon.
+        """
+        return False
 
     def close(self, linger: float) -> None:
         """Give it back, letting what was handed over leave for up to ``linger`` seconds."""

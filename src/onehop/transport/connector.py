@@ -168,7 +168,10 @@ class Connector(ABC):
 
         Raises:
             PeerLost: it cannot be begun; nothing was sent.
+            ResourceLimit: the machine has no room for it, or no thread for the housekeeping.
         """
+        if not self._keeping:
+            self._keep()
         with self.lock:
             if self.closed:
                 raise errors.NodeClosed("this node is closed; make a new one")
@@ -196,8 +199,6 @@ class Connector(ABC):
         if why is not None:
             self._lost(peer, link, why)
         link.post(link.hello, hello)
-        if not self._keeping:
-            self._keep()
         return link
 
     async def _connect(self, peer: Peer, until: float, patience: float) -> Link:

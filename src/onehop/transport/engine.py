@@ -87,6 +87,10 @@ class Engine(Caller):
         """See that somebody leads at the inbound socket from now on."""
 
     @abstractmethod
+    def _await_arrivals(self, inbound: Inbound) -> None:
+        """See that somebody looks at them as soon as they come."""
+
+    @abstractmethod
     def _stop_keeping(self) -> None:
         """Nobody keeps house any more."""
 
@@ -108,17 +112,19 @@ class Engine(Caller):
                 socket = self.carrier.bind(*self._listen(self.protocol.id))
                 self.inbound = Inbound(socket, self.protocol.inbox, self._wake.set)
                 self.tree.offer(self.inbound)
+                if socket.arrivals_fd >= 0:
+                    self._await_arrivals(self.inbound)
             queue.inbound = self.inbound
             self.inbound.change(Inbox.offer, service, server, queue)
             self._offers.append(Offer(service, server, queue, idempotent))
-            if receiver:
-                self._receive(self.inbound)
             try:
+                if receiver:
+                    self._receive(self.inbound)
+                self._keep()
                 self._announce()
             except errors.OnehopError:
                 self.withdraw(queue)
                 raise
-        self._keep()
 
     def withdraw(self, queue: Queue) -> None:
         """Take nothing more for ``queue``. What it has taken stays owed; polls return what is left."""
@@ -211,7 +217,8 @@ class Engine(Caller):
             self._ended_links += stuck
             again = len(self._ended_links) > len(stuck)
         due = self.protocol.inbox.timer()
-        pause = TICK if self.inbound is not None and not self.inbound.has_receiver else SLOW_TICK
+        inbound = self.inbound
+        pause = TICK if inbound is not None and (inbound.crowded or not inbound.has_receiver) else SLOW_TICK
         if due is not None:
             pause = min(pause, due - monotonic())
         return 0.0 if again else max(pause, 0.0)

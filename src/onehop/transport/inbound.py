@@ -13,6 +13,7 @@ thread receives where such a run takes its time.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -56,6 +57,7 @@ class Inbound:
         self.has_receiver = False
         self.resting = False
         self.led_by_loop = False
+        self.crowded = False
         self._inbox = inbox
         self._monitored = monitored
         self._lock = new_lock()
@@ -323,7 +325,7 @@ class Inbound:
             try:
                 request.target.run(request)
             except Exception as error:
-                self._note_broken(request, error)
+                self.note_broken(request, error)
             kept += 1
             if kept >= TOGETHER:
                 kept = 0
@@ -334,8 +336,8 @@ class Inbound:
     def start_receiver(self) -> None:
         """From now on a thread of its own receives, until :meth:`close`."""
         if not self.has_receiver:
-            self.has_receiver = True
             start_thread("onehop-receiver", self._receive_always)
+            self.has_receiver = True
 
     def _receive_always(self, held_up: float | None = None) -> None:
         """Receive for good.
@@ -350,10 +352,22 @@ class Inbound:
             return
         leads = True
         try:
-            leads = self._receive(None, FOREVER)
+            while leads and not self.closing:
+                try:
+                    leads = self._receive(None, FOREVER)
+                except Exception as error:  # no memory, perhaps: a node whose receiver is gone would be deaf
+                    self._note_pause(error)
         finally:
             if leads:
                 self._lead.release()
+
+    def _note_pause(self, error: Exception) -> None:
+        what = "rounds of receiving that broke"
+        self.counts[what] += 1
+        if self.counts[what].bit_count() == 1:  # ever more rarely: it may go on for long
+            with suppress(Exception):
+                log.error("to receive failed for the %d. time; it goes on", self.counts[what], exc_info=error)
+        time.sleep(HELD_UP)
 
     def _run_lent(self) -> bool:
         """Run the lone request of a quick method; False where it held up the receiver so long that another one leads.
@@ -376,14 +390,14 @@ class Inbound:
         try:
             queue.run(request)  # type: ignore[misc]
         except Exception as error:
-            self._note_broken(request, error)
+            self.note_broken(request, error)
         leads = self._lent_runs.pop(began, None) is not None
         queue.take_back(place, request.names[2], monotonic() - began, held_up=not leads)
         if not leads:
             self.turn()
         return leads
 
-    def _note_broken(self, request: Request, error: Exception) -> None:
+    def note_broken(self, request: Request, error: Exception) -> None:
         """What runs requests turns every exception into an answer. This one was met beside that, perhaps in the log."""
         self.counts["requests whose run broke"] += 1
         self.put(request, None)
@@ -431,12 +445,17 @@ class Inbound:
     def look(self, now: float) -> None:
         """Timers, and a look at the socket if nobody leads."""
         self.change(Inbox.handle_timer, now)
+        self.look_at_arrivals()
         if self._lead.acquire(False):
             try:
                 self._receive(None, 0.0)
             finally:
                 self._lead.release()
                 self._hand_on()
+
+    def look_at_arrivals(self) -> None:
+        """See who has connected, and whether there is room for them."""
+        self.crowded = self.socket.look_at_arrivals(self.counts)
 
     def take(self, queue: Queue, until: float) -> Request | None:
         """The next request of ``queue``; None when ``until`` came first, or the queue is stopped and empty."""

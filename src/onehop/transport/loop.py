@@ -296,6 +296,9 @@ class LoopEngine(Engine):
         if not inbound.has_receiver:
             self.call_in_loop(self._begin_to_lead, inbound)
 
+    def _await_arrivals(self, inbound: Inbound) -> None:
+        self.call_in_loop(self.loop.add_reader, inbound.socket.arrivals_fd, inbound.look_at_arrivals)
+
     def _begin_to_lead(self, inbound: Inbound) -> None:
         if inbound.has_receiver or self.closed:
             return
@@ -344,6 +347,8 @@ class LoopEngine(Engine):
             if timer is not None:
                 timer.cancel()
         self.loop.remove_reader(self._wake.fd)
+        if self.inbound is not None and self.inbound.socket.arrivals_fd >= 0:
+            self.loop.remove_reader(self.inbound.socket.arrivals_fd)
         if self.inbound is not None and self.inbound.led_by_loop:
             self.inbound.closing = True  # a worker that looks at it must not take in what only the loop can run
             for descriptor in self.inbound.leave_loop():

@@ -198,7 +198,10 @@ class Queue:
                 if tasks:
                     self.wake_one()
             began = monotonic()
-            run(request)
+            try:
+                run(request)
+            except Exception as error:  # no memory for the answer, perhaps; the others need this worker
+                self.inbound.note_broken(request, error)
             self._learn(method, monotonic() - began)
             kept += 1
             if not tasks or kept >= TOGETHER or self.inbound.resting:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import resource
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -17,7 +17,9 @@ from onehop.errors import ResourceLimit, SettingsError
 from onehop.protocol import wire
 from onehop.protocol.inbox import Message
 from onehop.protocol.wire import Body
+from onehop.transport.arrivals import Arrivals, hidden_path, is_local, path_of
 from onehop.transport.carrier import InboundSocket, LinkSocket
+from onehop.transport.descriptors import LARGEST_RESERVE, check_descriptors, listening_reserve
 from onehop.transport.native import native
 from onehop.transport.waiting import Wake
 
@@ -35,9 +37,6 @@ _MONITOR_EVENT = struct.Struct("=H")
 
 LINK_DESCRIPTORS = 5
 """Of one link: mailbox, connection, both ends of its monitor, and the engine's eventfd."""
-RESERVED_DESCRIPTORS = 64
-"""Left to the program: no link is opened when fewer are free. Where none is, libzmq aborts the process, or spins."""
-
 Options = tuple[tuple[int, int, str], ...]
 
 COMMON_OPTIONS: Options = (
@@ -75,10 +74,6 @@ LOCAL_LINK_OPTIONS: Options = (
 LOCAL_INBOUND_OPTIONS: Options = ((zmq.HEARTBEAT_IVL, 0, "whoever connects asks"),)
 
 
-def _is_local(endpoint: str) -> bool:
-    return endpoint.startswith("ipc://")
-
-
 def _values(*tables: Options) -> tuple[tuple[int, int], ...]:
     """Each option once, with the value of the last table that has it: pyzmq takes a microsecond to set one."""
     return tuple({int(option): value for table in tables for option, value, _reason in table}.items())
@@ -86,49 +81,6 @@ def _values(*tables: Options) -> tuple[tuple[int, int], ...]:
 
 _LINK, _LOCAL_LINK = _values(LINK_OPTIONS), _values(LINK_OPTIONS, LOCAL_LINK_OPTIONS)
 _INBOUND, _LOCAL_INBOUND = _values(INBOUND_OPTIONS), _values(INBOUND_OPTIONS, LOCAL_INBOUND_OPTIONS)
-
-
-def _used_descriptors(enough: int) -> int:
-    """How many descriptors are open; or a number above that, where ``enough`` is above both.
-
-    A list of them takes milliseconds where many are open, and this is asked for every link.
-    """
-    try:
-        used = os.stat("/proc/self/fd").st_size  # since Linux 6.2, else 0
-        if used == 0:
-            with open("/proc/self/status", "rb") as status:
-                used = next(int(line.split()[1]) for line in status if line.startswith(b"FDSize:"))  # slots for them
-            if used > enough:
-                used = len(os.listdir("/proc/self/fd"))
-    except FileNotFoundError:
-        return 0
-    return used
-
-
-def check_descriptors(wanted: int) -> None:
-    """Make sure that ``wanted`` more descriptors may be opened, raising the soft limit if that helps.
-
-    Raises:
-        ResourceLimit: they would leave the program fewer than it needs.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return
-    used = _used_descriptors(soft - wanted - RESERVED_DESCRIPTORS)
-    needed = used + wanted + RESERVED_DESCRIPTORS
-    if needed <= soft:
-        return
-    if hard == resource.RLIM_INFINITY or needed <= hard:
-        raised = max(needed, min(hard, 65_536)) if hard != resource.RLIM_INFINITY else max(needed, 65_536)
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-            return
-        except (ValueError, OSError):
-            hard = soft
-    raise ResourceLimit(
-        f"this process has {used} of {soft} descriptors open; {wanted} more are needed, with {RESERVED_DESCRIPTORS} in "
-        "reserve: raise the limit (ulimit -n, or LimitNOFILE= in its systemd unit)"
-    )
 
 
 def _new_socket(context: zmq.Context[Any], kind: int) -> Any:
@@ -158,7 +110,7 @@ class _Link(_Socket):
     drain: Callable[[int, list[tuple[bytes, Body | None]]], bool]
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        super().__init__(context, zmq.DEALER, _LOCAL_LINK if _is_local(endpoint) else _LINK)
+        super().__init__(context, zmq.DEALER, _LOCAL_LINK if is_local(endpoint) else _LINK)
         if native is None:
             self.send, self.drain = self._send_frame, self._drain
         else:
@@ -241,6 +193,8 @@ class _Inbound(_Socket):
         else:
             self.send, self.drain = partial(native.send_to, self._address), partial(native.drain_from, self._address)
         self.endpoints: tuple[str, ...] = ()
+        self._arrivals = Arrivals(self._socket, _new_socket(context, zmq.PAIR))
+        self.arrivals_fd = self._arrivals.fd
         try:
             for each in endpoints:
                 self.endpoints += (self._listen(each),)
@@ -253,9 +207,12 @@ class _Inbound(_Socket):
 
         libzmq copies the options when it listens, so that those of each endpoint can be its own.
         """
-        for option, value in _LOCAL_INBOUND if _is_local(endpoint) else _INBOUND:
+        for option, value in _LOCAL_INBOUND if is_local(endpoint) else _INBOUND:
             self._socket.set(option, value)
-        if _is_local(endpoint):
+        if is_local(endpoint):
+            reserve = listening_reserve()
+            if reserve < LARGEST_RESERVE:
+                self._socket.set(zmq.BACKLOG, reserve // 2)  # whoever waits there is accepted, be there room or not
             try:
                 self._socket.bind(endpoint)
             except zmq.ZMQError as error:
@@ -332,11 +289,17 @@ class _Inbound(_Socket):
             into.append((identity, frame, body))
         return True
 
+    def look_at_arrivals(self, counts: Counter[str]) -> bool:
+        return self._arrivals.look(self.endpoints, counts)
+
     def close(self, linger: float) -> None:
+        self._arrivals.close()
         self._socket.close(int(linger * 1000))
-        for each in filter(_is_local, self.endpoints):  # libzmq leaves the file
+        for each in filter(is_local, self.endpoints):  # libzmq leaves the file
             with suppress(FileNotFoundError):
-                os.unlink(each.removeprefix("ipc://"))
+                os.unlink(path_of(each))
+            with suppress(FileNotFoundError):
+                os.unlink(hidden_path(path_of(each)))
 
 
 class ZmqCarrier:
@@ -369,15 +332,15 @@ class ZmqCarrier:
     def bind(self, *endpoints: str) -> _Inbound:
         check_descriptors(16)
         inbound = _Inbound(self._get_context(), endpoints)
-        for each in filter(_is_local, endpoints):
-            os.chmod(each.removeprefix("ipc://"), self._mode)
+        for each in filter(is_local, endpoints):
+            os.chmod(path_of(each), self._mode)
         return inbound
 
     def nearest(self, endpoints: Sequence[str]) -> str:
         # A path in our own directory is no other host's, whose directory may have the same name: the socket's name is
         # the node's, and it is there.
         for each in endpoints:
-            if not _is_local(each) or (each.startswith(self._directory) and os.path.exists(each[len("ipc://") :])):
+            if not is_local(each) or (each.startswith(self._directory) and os.path.exists(each[len("ipc://") :])):
                 return each
         return endpoints[0]
 

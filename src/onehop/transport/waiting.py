@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from onehop.errors import NoThread
 from onehop.transport.native import native
 
 PATIENCE = 2.0
@@ -144,7 +145,14 @@ class Wake:
 
 
 def start_thread(name: str, target: Any, *arguments: Any) -> threading.Thread:
-    """Start a daemon thread of the kind that suits the running program."""
+    """Start a daemon thread of the kind that suits the running program.
+
+    Raises:
+        NoThread: the machine gives none. It is a RuntimeError.
+    """
     thread = threading.Thread(name=name, target=target, args=arguments, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise NoThread.told(name, error) from None
     return thread
