@@ -175,21 +175,22 @@ class VirtualEngine:
             self.registry.announce(
                 Record(node=id, host=host, endpoints=(self.endpoint,), services=services, relay=self.relay)
             )
-        self._plan(self.clock.now + PROBES)
+        self.plan(self.clock.now + PROBES)
 
     def learn(self, records: tuple[Record, ...]) -> None:
         """The registry has a new view."""
         self.trace.step(TOLD, self.index, 0, len(records))
         before = self.protocol.routes
         self.protocol.learn(records, self.clock.now)
-        self._routes_may_have_changed(before)
+        self.routes_may_have_changed(before)
         if self.links:
-            self._plan(self.clock.now + SLOW_TICK)
+            self.plan(self.clock.now + SLOW_TICK)
         for peer in self.protocol.peers.away.values():
             if peer.state == RESTING:
-                self._plan(peer.rested_at)
+                self.plan(peer.rested_at)
 
-    def _routes_may_have_changed(self, before: object) -> None:
+    def routes_may_have_changed(self, before: object) -> None:
+        """Let those who wait for a change look, where ``before`` is not the picture any more."""
         if self._changed and self.protocol.routes is not before:
             waiters, self._changed = self._changed, []
             for task in waiters:
@@ -253,7 +254,7 @@ class VirtualEngine:
                 call.waiter.resume()
         if ready:
             link.answered()
-        self._routes_may_have_changed(before)
+        self.routes_may_have_changed(before)
 
     def lost(self, link: EngineLink, why: str, linger: float = 0.0, *, event: str = states.LOST) -> None:
         """The connection is over: its calls end."""
@@ -269,12 +270,12 @@ class VirtualEngine:
         calls = self.protocol.lost(peer, why, self.clock.now, event)
         self.trace.step(LOST_PEER, self.index, 0, len(calls))
         if peer.state == RESTING:
-            self._plan(peer.rested_at)
+            self.plan(peer.rested_at)
         for call in calls:
             if call.waiter is not None:
                 call.waiter.resume()
         link.wake()
-        self._routes_may_have_changed(before)
+        self.routes_may_have_changed(before)
 
     # Requests -------------------------------------------------------------------------------------
 
@@ -335,7 +336,7 @@ class VirtualEngine:
             if error is None:
                 return
             if isinstance(error, CallTimeout):
-                self._note_timeout(entry, link)
+                link.note_timeout(entry)
             if isinstance(error, CallTimeout) or not self._again(attempt, route, error):
                 self.finish(entry, "error", error)
                 return
@@ -381,7 +382,7 @@ class VirtualEngine:
         """Send a registered request over a ready link and wait for its outcome; None where it has ended well."""
         clock, id = self.clock, call.id
         call.waiter = task
-        self._plan(clock.now + SLOW_TICK)
+        self.plan(clock.now + SLOW_TICK)
         link.post(call, wire.request(call.kind, flags, id, call.deadline - clock.now, monitor, section, body))
         if monitor is None:
             while call.outcome is None and clock.now < call.deadline:
@@ -428,40 +429,6 @@ class VirtualEngine:
         made.calls.resume(again, call.id)
         self.resumed += 1
         return made, again
-
-    def _note_timeout(self, entry: Entry, link: EngineLink) -> None:
-        call = Call(wire.REQUEST)
-        call.route = entry.route
-        now = self.clock.now
-        if link.ready and link.liveness.timed_out(link.calls, call, now - entry.started, now):
-            self._judge(link, False)
-
-    def _judge(self, link: EngineLink, answers: bool) -> None:
-        before = self.protocol.routes
-        self.protocol.judged(link.peer, answers, self.clock.now)
-        self._plan(self.clock.now + SLOW_TICK)
-        self._routes_may_have_changed(before)
-
-    def _see_whether_it_answers(self, link: EngineLink) -> None:
-        calls, now = link.calls, self.clock.now
-        ask, answers, overdue = link.liveness.look(calls, now)
-        if answers is not None:
-            self._judge(link, answers)
-        for id, call in list(calls.pending.items()) if overdue else ():
-            if id <= overdue and call.kind in (wire.REQUEST, wire.CAST) and calls.give_up(call):
-                link.post(None, wire.pack(wire.CANCEL, id=id))
-                call.body, call.outcome = "it does not answer", LOST
-                if call.waiter is not None:
-                    call.waiter.resume()
-        if ask is not None:
-            self.probes += 1
-            ping, echo = Call(wire.PING), None
-            link.post(ping, wire.pack(wire.PING, id=calls.begin(ping)))
-            if ask.route is not None:
-                self.probes += 1
-                echo = Call(wire.PING)
-                link.post(echo, wire.echo(calls.begin(echo), wire.names(ask.route.service, ask.route.server, "")))
-            link.liveness.asked(ask, ping, echo, now)
 
     def _find(self, attempt: _Attempt, turns: count[int]) -> Generator[float, None, Route | OnehopError]:
         entry, tried, clock = attempt.entry, attempt.tried, self.clock
@@ -571,7 +538,7 @@ class VirtualEngine:
                     request.queued = True
                     request.target.tasks.append(request)
                     if request.monitor is not None:
-                        self._plan(self.clock.now + request.monitor / 2)
+                        self.plan(self.clock.now + request.monitor / 2)
                     self._work(request.target)
 
     def _work(self, target: Target) -> None:
@@ -652,7 +619,8 @@ class VirtualEngine:
 
     # Housekeeping ---------------------------------------------------------------------------------
 
-    def _plan(self, time: float) -> None:
+    def plan(self, time: float) -> None:
+        """See that the housekeeping comes at ``time``, if not earlier."""
         time = math.ceil(time / TICK) * TICK
         if self._tick_at is None or time < self._tick_at:
             self._tick_at = time
@@ -676,7 +644,7 @@ class VirtualEngine:
                 next_time = min(next_time, link.began + HANDSHAKE + GRACE + TICK)
                 continue
             if link.calls.pending or link.liveness.stalled:
-                self._see_whether_it_answers(link)
+                link.see_whether_it_answers()
                 next_time = min(next_time, now + SLOW_TICK)
             elif link.peer.record is None:
                 self.lost(link, "its record was withdrawn")
@@ -684,8 +652,8 @@ class VirtualEngine:
             if peer.state == RESTING and peer.rested_at < next_time:
                 next_time = peer.rested_at
         beat = inbox.timer()
-        self._plan(max(now + TICK / 2, next_time if beat is None else min(beat, next_time)))
-        self._routes_may_have_changed(before)
+        self.plan(max(now + TICK / 2, next_time if beat is None else min(beat, next_time)))
+        self.routes_may_have_changed(before)
 
     # The end --------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from onehop.errors import WireError
 from onehop.protocol import wire
-from onehop.protocol.calls import REPLIED, Call
+from onehop.protocol.calls import LOST, REPLIED, Call
 from onehop.protocol.liveness import Liveness
 from onehop.protocol.peers import Peer
 from onehop.testing.clock import Task
@@ -15,8 +15,9 @@ from onehop.testing.network import Link
 
 if TYPE_CHECKING:
     from onehop.testing.engine import VirtualEngine
+    from onehop.testing.invariants import Entry
 
-STUCK = 0.02
+STUCK, SLOW_TICK = 0.02, 0.5
 """Seconds, as in the real engine."""
 
 
@@ -104,6 +105,40 @@ class EngineLink:
         waiters, self.waiters = self.waiters, []
         for task in waiters:
             task.resume()
+
+    def note_timeout(self, entry: Entry) -> None:
+        """A call of ``entry`` was not answered in time."""
+        call, now = Call(wire.REQUEST), self.engine.clock.now
+        call.route = entry.route
+        if self.ready and self.liveness.timed_out(self.calls, call, now - entry.started, now):
+            self._judge(False)
+
+    def see_whether_it_answers(self) -> None:
+        """Ask a peer that owes answers for a while, and judge it by what comes."""
+        calls, now = self.calls, self.engine.clock.now
+        ask, answers, overdue = self.liveness.look(calls, now)
+        if answers is not None:
+            self._judge(answers)
+        for id, call in list(calls.pending.items()) if overdue else ():
+            if id <= overdue and call.kind in (wire.REQUEST, wire.CAST) and calls.give_up(call):
+                self.post(None, wire.pack(wire.CANCEL, id=id))
+                call.body, call.outcome = "it does not answer", LOST
+                if call.waiter is not None:
+                    call.waiter.resume()
+        if ask is not None:
+            ping, echo = Call(wire.PING), None
+            self.post(ping, wire.pack(wire.PING, id=calls.begin(ping)))
+            if ask.route is not None:
+                echo = Call(wire.PING)
+                self.post(echo, wire.echo(calls.begin(echo), wire.names(ask.route.service, ask.route.server, "")))
+            self.liveness.asked(ask, ping, echo, now)
+            self.engine.probes += 2
+
+    def _judge(self, answers: bool) -> None:
+        engine, before = self.engine, self.engine.protocol.routes
+        engine.protocol.judged(self.peer, answers, engine.clock.now)
+        engine.plan(engine.clock.now + SLOW_TICK)
+        engine.routes_may_have_changed(before)
 
     @property
     def ready(self) -> bool:
