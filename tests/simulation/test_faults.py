@@ -165,9 +165,7 @@ def test_a_process_at_the_address_of_another_gets_nothing_that_was_meant_for_it(
 
 
 @pytest.mark.parametrize("fault", ["hang", "stop"])
-def test_who_hangs_is_avoided_within_six_seconds_and_asked_again_within_five(
-    world: World, fault: str
-) -> None:
+def test_who_hangs_is_avoided_within_six_seconds_and_asked_again_within_five(world: World, fault: str) -> None:
     servers, clients = world.nodes(3, service="echo"), world.nodes(10)
     calls = world.call_randomly(100.0, 30.0, service="echo", callers=clients)
     struck = servers[0]
