@@ -9,7 +9,7 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 HOSTS := $(if $(filter 0,$(shell id -u)),--onehop-require-hosts)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oslo lint soak fuzz storms bench bench-quick bench-simulator clean
+.PHONY: help demo test test-oslo lint soak fuzz storms explore bench bench-quick bench-simulator clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -60,6 +60,9 @@ bench-quick: $(BENCH_STAMP)  ## a short form of it: build/benchmarks
 
 bench-simulator: $(STAMP)  ## rates over zmq:// and over rabbit://, interleaved
 	@$(BIN)/python benchmarks/simulator/run.py
+
+explore: $(STAMP)  ## simulated worlds from 10,000 seeds, with faults of all kinds: what breaks, and its shortest trace
+	@$(BIN)/onehop simulate --explore 10000 --nodes 50 --seconds 10
 
 clean:  ## remove the environment and what tools left behind
 	rm -rf $(VENV) $(BENCH_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .stestr .coverage .coverage.* htmlcov src/*.egg-info

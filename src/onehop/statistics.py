@@ -17,6 +17,7 @@ class PeerStatistics(msgspec.Struct, frozen=True):
     node: str
     host: str
     state: str
+    """``"stalled"`` where it does not answer what it owes; otherwise as its connection is: ``"ready"``, say."""
     in_flight: int
     """Requests sent to it and not answered."""
     sent: int
@@ -40,6 +41,8 @@ class Statistics(msgspec.Struct, frozen=True):
 
     node: str
     host: str
+    state: str
+    """``"serving"``; ``"draining"``: it takes nothing new; ``"not serving"``: it offers nothing, or was drained."""
     peers: tuple[PeerStatistics, ...]
     outcomes: Mapping[str, int]
     """How requests made here ended, where not well: error class name to number."""

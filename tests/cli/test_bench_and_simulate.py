@@ -54,3 +54,12 @@ def test_simulation_says_that_no_promise_was_broken(run: Callable[..., Any]) -> 
     ended = run("simulate", "--nodes", "5", "--seconds", "1")
     assert ended.code == 0
     assert "no promise was broken" in ended.out
+
+
+def test_exploration_plays_many_worlds(run: Callable[..., Any]) -> None:
+    options = ("--explore", "4", "--nodes", "5", "--seconds", "1", "--processes", "2")
+    told, listed = run("simulate", *options), run("simulate", *options, "--json")
+    assert (told.code, listed.code) == (0, 0)
+    assert "4 worlds of 5 nodes" in told.out
+    assert "no promise was broken" in told.out
+    assert (listed.json["done"], listed.json["first"], listed.json["last"], listed.json["broken"]) == (4, 1, 4, [])

@@ -129,6 +129,22 @@ def test_drain_finishes_what_was_taken_and_takes_nothing_new(node, gate, backgro
     assert draining.result() is True
 
 
+def test_a_node_says_whether_it_serves_drains_or_does_neither(node, gate, background, eventually) -> None:
+    serving, calling = node(), node()
+    assert serving.statistics().state == "not serving"
+    serving.serve("clock", {"hold": gate.hold})
+    assert serving.statistics().state == "serving"
+    held = background(calling.client("clock").call, "hold")
+    gate.wait_entered()
+    draining = background(serving.drain)
+    eventually(lambda: serving.statistics().state == "draining")
+    gate.open.set()
+    held.result()
+    assert draining.result()
+    assert serving.statistics().state == "not serving"
+    assert calling.statistics().state == "not serving"
+
+
 @pytest.mark.parametrize("timeout", [0, 0.1])
 def test_drain_that_takes_too_long_says_so(node, gate, timeout) -> None:
     serving = node()

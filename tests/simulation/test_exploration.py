@@ -5,26 +5,33 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 
-import pytest
+from onehop.testing.exploration import draw, play, run
+from onehop.testing.simulation import World
 
-from onehop.testing.simulation import World, run
+SEEDS = 40
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_nothing_breaks_whatever_the_seed_brings(seed: int) -> None:
-    result = run(seed, nodes=40, seconds=20.0)
+def test_nothing_breaks_whatever_the_seeds_bring() -> None:
+    outcomes: Counter[str] = Counter()
+    for seed in range(SEEDS):
+        plan = draw(seed, nodes=20, seconds=8.0)
+        result = play(plan)
+        assert result.broken == [], f"onehop simulate --seed {seed} --nodes 20 --seconds 8"
+        assert result.summary["views agree"]
+        outcomes.update(result.summary["outcomes"])
+    print(dict(outcomes))
+    assert outcomes["replied"] > 2_000
+    assert {"taken", "failed", "done", "NoRoute", "PeerLost", "CallTimeout", "Rejected"} <= outcomes.keys()
+    assert outcomes.keys().isdisjoint({"under way", "other", "error"})
+
+
+def test_three_hundred_nodes_under_churn_and_partitions() -> None:
+    result = run(seed=1, nodes=300, seconds=10.0)
     assert result.broken == []
-    assert result.summary["views agree"]
-    assert result.summary["outcomes"]["replied"] > 300
-    assert result.summary["outcomes"].keys().isdisjoint({"under way", "other", "error"})
-
-
-def test_a_thousand_nodes_under_churn_and_partitions() -> None:
-    result = run(seed=1, nodes=1_000, seconds=10.0)
-    assert result.broken == []
-    assert len(result.summary["faults"]) >= 4
-    assert result.summary["outcomes"]["replied"] > 7_000
+    assert sum(result.summary["faults"].values()) >= 4
+    assert result.summary["outcomes"]["replied"] > 2_000
 
 
 def messages_per_node_and_second(number: int) -> float:
@@ -55,7 +62,7 @@ def test_idle_connections_cost_no_messages(world: World) -> None:
 
 
 def digest(seed: int, hash_seed: str) -> str:
-    program = f"from onehop.testing.simulation import run; print(run({seed}, 60, 15.0).digest)"
+    program = f"from onehop.testing.exploration import run; print(run({seed}, 60, 15.0).digest)"
     path = os.pathsep.join(each for each in sys.path if each)
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from onehop.errors import NoRoute
 from onehop.protocol import wire
 from onehop.protocol.inbox import NEW, Request, Window
-from onehop.testing.engine import EngineLink, Target, VirtualEngine
+from onehop.testing.engine import EngineLink, VirtualEngine
 from onehop.testing.invariants import InvariantBroken
+from onehop.testing.offer import Offer, Target
 from onehop.testing.simulation import World
 
 
@@ -93,7 +95,7 @@ class RefusesAndRuns(VirtualEngine):
 
     def _work(self, target: Target) -> None:
         for request in list(target.tasks):
-            self._send_one(request.identity, wire.reject(request.id, "draining"))
+            self._send_one(request.identity, wire.reject(request.id, "full"))
             self.clock.after(0.1, lambda _, request=request: self.invariants.ran(self, request))
         target.tasks.clear()
 
@@ -106,10 +108,88 @@ class KeepsWhatItAnswered(VirtualEngine):
 class KeepsOldRoutes(VirtualEngine):
     """Forgets that a lost peer is no route."""
 
-    def lost(self, link: EngineLink, why: str, linger: float = 0.0) -> None:
+    def lost(self, link: EngineLink, why: str, linger: float = 0.0, **details: Any) -> None:
         before = self.protocol.routes
-        super().lost(link, why, linger)
+        super().lost(link, why, linger, **details)
         self.protocol.routes = before
+
+
+class LosesPeers(VirtualEngine):
+    """Gives up a connection with which nothing is wrong, and what was sent over it."""
+
+    def start(self) -> None:
+        super().start()
+        self.clock.after(1.05, self._forget)
+
+    def _resume(self, *_: Any) -> Any:
+        yield from ()
+
+    def _forget(self, _: None) -> None:
+        for link in list(self.links.values()):
+            self.lost(link, "no reason")
+
+
+class RefusesWithoutReason(VirtualEngine):
+    def _work(self, target: Target) -> None:
+        for request in target.tasks:
+            self._answer(request, wire.reject(request.id, "draining"))
+        target.tasks.clear()
+
+
+class Swallows(VirtualEngine):
+    """Runs a request and sends no answer."""
+
+    def reply(self, request: Request, frame: wire.Frame) -> None:
+        self.protocol.inbox.finish(request)
+
+
+class Despairs(VirtualEngine):
+    """Asks nobody."""
+
+    def _request(self, entry: Any, task: Any) -> Any:
+        self.finish(entry, "error", NoRoute("nobody"))
+        yield 0.0
+
+
+class Overlooks(VirtualEngine):
+    """Leaves somebody out of its fan-outs."""
+
+    def start(self) -> None:
+        super().start()
+        everybody = self.protocol.receivers
+        self.protocol.receivers = lambda *of: everybody(*of)[1:]  # type: ignore[method-assign]
+
+
+class HearsOfNoEnd(VirtualEngine):
+    def lost(self, *arguments: Any, **options: Any) -> None:
+        """Nothing."""
+
+    def plan(self, time: float) -> None:
+        """Nor does it ask whether anybody lives."""
+
+
+class LosesCasts(VirtualEngine):
+    """Takes casts in and does not run them."""
+
+    def _work(self, target: Target) -> None:
+        for request in target.tasks:
+            self._answer(request, b"")
+        target.tasks.clear()
+
+
+class PassesOver(VirtualEngine):
+    def expired(self, request: Request) -> bool:
+        return True
+
+
+class Exchanges(VirtualEngine):
+    """Has one server's requests run by another."""
+
+    def start(self) -> None:
+        super().start()
+        first, second = self.targets
+        self.protocol.inbox.withdraw("echo", "first", first)
+        self.protocol.inbox.offer("echo", "first", second)
 
 
 class Chatters(VirtualEngine):
@@ -179,9 +259,87 @@ def talkative(world: World) -> None:
     world.invariants.messages(sum(world.network.sent.values()), world.network.opened_links, 0)
 
 
+def served_by(engine: type[VirtualEngine], kind: str = "call", **options: Any) -> Callable[[World], None]:
+    """A request to a broken server, with which nothing else is wrong."""
+
+    def play(world: World) -> None:
+        world.nodes(1, service="echo", engine=engine)
+        client = world.nodes(1)[0]
+        getattr(world, kind)(client, "echo", at=1.0, work=0.1, **options)
+        world.settle()
+
+    return play
+
+
+def made_by(engine: type[VirtualEngine], kind: str = "call", **options: Any) -> Callable[[World], None]:
+    """A request of a broken client, with which nothing else is wrong."""
+
+    def play(world: World) -> None:
+        world.nodes(3, service="echo")
+        client = world.nodes(1, engine=engine)[0]
+        getattr(world, kind)(client, "echo", at=1.0, work=0.1, **options)
+        world.settle()
+
+    return play
+
+
+def unheard(power_lost: bool) -> Callable[[World], None]:
+    def play(world: World) -> None:
+        server, client = world.nodes(1, service="echo")[0], world.nodes(1, engine=HearsOfNoEnd)[0]
+        world.call(client, "echo", at=0.5, work=10.0, timeout=30.0)
+        world.crash(server, at=1.0, power_lost=power_lost)
+        world.run(until=0.9 + (7.0 if power_lost else 1.0))
+        world.run(until=10.0)
+
+    return play
+
+
+def exchanged(world: World) -> None:
+    world.nodes(1, offers=[Offer("echo", "first"), Offer("echo", "second")], engine=Exchanges)
+    world.call(world.nodes(1)[0], "echo", server="first")
+    world.settle()
+
+
+def crowding(world: World) -> None:
+    world.nodes(1, service="echo")
+    client = world.nodes(1)[0]
+    for _ in range(6):
+        world.call(client, "echo", work=5.0, timeout=9.0)
+    world.run(until=1.0)
+    next(iter(client.engine.links.values())).calls.messages = 2
+    world.run(until=8.0)
+
+
+def hoarding(world: World) -> None:
+    node = world.nodes(1)[0]
+    node.engine.protocol.peers._meet(b"nobody's node id")
+    world.run(until=1.0)
+
+
+def overfull(world: World) -> None:
+    server, client = world.nodes(1, service="echo", engine=VirtualEngine)[0], world.nodes(1)[0]
+    world.call(client, "echo", at=0.5, work=5.0, size=10_000)
+    world.run(until=1.0)
+    server.engine.protocol.inbox.size = 5_000
+    server.engine.invariants.taken(server.engine, [])
+
+
 @pytest.mark.parametrize(
     ("play", "breach"),
     [
+        (made_by(LosesPeers), "lost node ., which nothing befell"),
+        (served_by(RefusesWithoutReason), "was refused by node 0, which nothing befell: draining"),
+        (served_by(Swallows, timeout=5.0), "was answered by node 0, which nothing befell, and timed out"),
+        (made_by(Despairs), "ended while node . offered it, which nothing befell"),
+        (made_by(Overlooks, "fanout"), "did not address node"),
+        (unheard(power_lost=False), "still waits for node 0, which died 1.1 s ago"),
+        (unheard(power_lost=True), "still waits for node 0, which died 7.1 s ago"),
+        (served_by(LosesCasts, "cast"), "was taken in by a node that lives, and did not run"),
+        (served_by(PassesOver), "passed over .* before its deadline"),
+        (exchanged, "the handlers of 'second' ran"),
+        (crowding, "requests under way to node .*; the window is 2"),
+        (hoarding, "which has neither record nor connection"),
+        (overfull, "its inbox has room for 5000"),
         (stray, "accepted the reply to request"),
         (lambda world: load(world, AnswersForAnother), "and accepted a reply of node"),
         (twice, "a handler ran again for"),

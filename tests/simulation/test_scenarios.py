@@ -6,7 +6,7 @@ import pytest
 
 from onehop.errors import Rejected
 from onehop.protocol import wire
-from onehop.testing.engine import Offer
+from onehop.testing.offer import Offer
 from onehop.testing.simulation import World
 
 

@@ -7,7 +7,6 @@ resumed when that has come or somebody has news for it. Each method stands for t
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Generator
 from itertools import count
 from typing import NamedTuple
@@ -33,7 +32,7 @@ from onehop.protocol.node import NodeProtocol
 from onehop.protocol.peers import RESTING, SHORTEST_TURN, Peer
 from onehop.protocol.routes import Route, choose
 from onehop.protocol.tree import SERVICE
-from onehop.testing.clock import Clock, Task, Waiting
+from onehop.testing.clock import LocalClock, Task, Waiting
 from onehop.testing.invariants import (
     CRASHED,
     DRAINED,
@@ -48,6 +47,7 @@ from onehop.testing.invariants import (
 )
 from onehop.testing.link import EngineLink
 from onehop.testing.network import Network, VirtualRegistry
+from onehop.testing.offer import Offer, Target
 from onehop.testing.tree import VirtualTree
 
 HANDSHAKE, HURRY, RESUME, GRACE = 5.0, 1.0, 1.0, 1.0
@@ -57,41 +57,14 @@ PROBES = 20.0
 """Seconds, as in the real engine; PROBES is how often silent connections are looked for."""
 
 
-class Offer(NamedTuple):
-    """A service that a node offers.
-
-    Args:
-        work: seconds a handler takes, on average.
-        workers: handlers at once.
-    """
-
-    service: str
-    server: str
-    work: float = 0.01
-    workers: int = 8
-
-
 class Surroundings(NamedTuple):
-    """What the engines of one world share."""
+    """What the engines of one world share, and the clock of one of them."""
 
-    clock: Clock
+    clock: LocalClock
     network: Network
     registry: VirtualRegistry
     invariants: Invariants
     trace: Trace
-
-
-class Target:
-    """The queue of one instance of a service."""
-
-    def __init__(self, offer: Offer, instance: int) -> None:
-        self.offer = offer
-        self.instance = instance
-        self.tasks: deque[Request] = deque()
-        self.busy = 0
-
-    def __len__(self) -> int:
-        return len(self.tasks)
 
 
 class _Attempt:
@@ -116,6 +89,12 @@ class VirtualEngine:
         room: requests its inbox takes.
         window: requests under way to one peer.
         fanout_direct, relay: see :class:`onehop.settings.Settings`.
+        keeps_address: whether it listens where its predecessor did.
+
+    Attributes:
+        hung: its handlers do not come to an end, while its input and output live.
+        slowness: how many times as long as they should its handlers take.
+        lateness: seconds by which its housekeeping comes too late.
     """
 
     def __init__(
@@ -128,6 +107,7 @@ class VirtualEngine:
         window: int = 4096,
         fanout_direct: int = 2_000,
         relay: bool = True,
+        keeps_address: bool = False,
     ) -> None:
         self.clock, self.network, self.registry, self.invariants, self.trace = surroundings
         self.index = index
@@ -135,6 +115,11 @@ class VirtualEngine:
         self.window = window
         self.fanout_direct = fanout_direct
         self.relay = relay
+        self.keeps_address = keeps_address
+        self.hung = False
+        self.slowness = 1.0
+        self.lateness = 0.0
+        self.stuck: list[tuple[Target, Request, Entry]] = []
         self.dead = False
         self.closed = False
         self.draining = False
@@ -154,28 +139,37 @@ class VirtualEngine:
         self._turns: dict[tuple[str, str], count[int]] = {}
         self._changed: list[Task] = []
         self._tick_at: float | None = None
-        endpoint = f"virtual://{index}/{self.protocol.id.hex()}"
+        endpoint = f"virtual://{index}" + ("" if keeps_address else f"/{self.protocol.id.hex()}")
         self.inbound = self.network.bind(index, endpoint)
         self.inbound.reader = self._take
         self.tree = VirtualTree(self)
         self.endpoint = endpoint
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the process has ended."""
+        return self.dead or self.closed
+
     def start(self) -> None:
         """Announce what is served, and watch the registry."""
         self.trace.step(STARTED, self.index)
+        for target in self.targets:
+            self.protocol.inbox.offer(target.offer.service, target.offer.server, target)
+        if self.targets and self.relay:
+            self.protocol.inbox.offer(SERVICE, "", self.tree)
+        self.announce()
+        self.plan(self.clock.now + PROBES)
+
+    def announce(self) -> None:
+        """Tell the registry what is served, if anything."""
         services: dict[str, tuple[str, ...]] = {}
         for target in self.targets:
-            offer = target.offer
-            self.protocol.inbox.offer(offer.service, offer.server, target)
-            services[offer.service] = (*services.get(offer.service, ()), offer.server)
-        if services and self.relay:
-            self.protocol.inbox.offer(SERVICE, "", self.tree)
+            services[target.offer.service] = (*services.get(target.offer.service, ()), target.offer.server)
         if services:
             id, host = self.protocol.id.hex(), self.protocol.host
             self.registry.announce(
                 Record(node=id, host=host, endpoints=(self.endpoint,), services=services, relay=self.relay)
             )
-        self.plan(self.clock.now + PROBES)
 
     def learn(self, records: tuple[Record, ...]) -> None:
         """The registry has a new view."""
@@ -422,7 +416,7 @@ class VirtualEngine:
         ):  # fmt: skip
             return None
         made = yield from self.connect(peer, entry.deadline, task, RESUME)
-        if not isinstance(made, EngineLink):
+        if not isinstance(made, EngineLink) or made.calls.full(call.size):
             return None
         again = Call(call.kind, call.deadline, call.size)
         again.route = call.route
@@ -488,7 +482,7 @@ class VirtualEngine:
             self.invariants.chose(self, route, is_fan_out=True)
             kind = "cast" if entry.kind == "fanout" else "call"
             timeout = entry.deadline - self.clock.now
-            part = self.invariants.enter(kind, self.index, entry.service, route.server, timeout)
+            part = self.invariants.enter(kind, self.index, entry.service, route.server, timeout, self.clock)
             part.parent, part.work, part.fails, part.size = entry, entry.work, entry.fails, entry.size
             entry.parts.append(part)
             entry.receivers[route.peer.id, route.server] = part
@@ -548,13 +542,21 @@ class VirtualEngine:
                 self._answer_echo(request)
                 continue
             if self.expired(request):
+                self.invariants.dropped(self, request)
                 self._answer(request, wire.reject(request.id, "expired"))
                 continue
             self.invariants.ran(self, request)
             target.busy += 1
             entry = self.invariants.entry_of(self, request)
             seconds = self.clock.random.expovariate(1 / target.offer.work) if entry.work is None else entry.work
-            self.clock.after(seconds, self._handled, (target, request, entry))
+            self.clock.after(seconds * self.slowness, self._handled, (target, request, entry))
+
+    def come_to(self) -> None:
+        """The handlers that hung come to their end."""
+        self.hung = False
+        stuck, self.stuck = self.stuck, []
+        for each in stuck:
+            self._handled(each)
 
     def _answer_echo(self, request: Request) -> None:
         request.sender.echo = False
@@ -567,6 +569,9 @@ class VirtualEngine:
     def _handled(self, of: tuple[Target, Request, Entry]) -> None:
         target, request, entry = of
         if self.dead or self.closed:
+            return
+        if self.hung:
+            self.stuck.append(of)
             return
         target.busy -= 1
         flags, body = 0, REPLY_BODY.pack(entry.number, self.protocol.id) + bytes(entry.size)
@@ -624,7 +629,7 @@ class VirtualEngine:
         time = math.ceil(time / TICK) * TICK
         if self._tick_at is None or time < self._tick_at:
             self._tick_at = time
-            self.clock.at(time, self._tick, time)
+            self.clock.at(time + self.lateness, self._tick, time)
 
     def _tick(self, time: float) -> None:
         if self.dead or self.closed or self._tick_at != time:

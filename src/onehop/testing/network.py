@@ -30,6 +30,9 @@ DOWN_ROOM = 16_384 + 8_192
 LATENCY = (0.0002, 0.002)
 """Seconds between the sending of a message and its arrival: from, to."""
 
+WITHDRAWN_KEPT = 8
+"""Records that a registry may show again after they were withdrawn."""
+
 Message = tuple[bytes, bytes | None]
 
 # What else travels on a connection, in order with its messages.
@@ -49,12 +52,30 @@ def _whole(frame: Frame) -> Message:
 class _Lane:
     """One direction of a connection: what is under way, in order."""
 
-    __slots__ = ("blocked", "clock", "closed", "deliver", "items", "last", "latency", "planned", "unread")
+    __slots__ = (
+        "blocked",
+        "clock",
+        "closed",
+        "deliver",
+        "drawn",
+        "items",
+        "key",
+        "last",
+        "latency",
+        "planned",
+        "slowness",
+        "unread",
+    )
 
-    def __init__(self, clock: Clock, latency: tuple[float, float], deliver: Callable[[Any], None]) -> None:
+    def __init__(
+        self, clock: Clock, latency: tuple[float, float], deliver: Callable[[Any], None], key: tuple[int, ...]
+    ) -> None:
         self.clock = clock
         self.latency = latency
         self.deliver = deliver
+        self.key = key
+        self.drawn = int(clock.chance(*key) * (1 << 53))
+        self.slowness = 0.0
         self.items: deque[tuple[float, Any]] = deque()
         self.last = 0.0
         self.planned = False
@@ -62,10 +83,17 @@ class _Lane:
         self.unread = 0
         self.closed = False
 
+    def chance(self) -> float:
+        """A number in [0, 1): of this lane's own, so that what is sent elsewhere changes nothing here."""
+        self.drawn = (self.drawn * 6364136223846793005 + 1442695040888963407) & ((1 << 64) - 1)
+        return (self.drawn >> 11) / (1 << 53)
+
     def push(self, item: Any) -> None:
         clock = self.clock
         shortest, longest = self.latency
-        time = clock.now + shortest + (longest - shortest) * clock.random.random()
+        time = clock.now + shortest + (longest - shortest) * self.chance()
+        if self.slowness:
+            time += self.slowness * (0.5 + self.chance())
         if time < self.last:
             time = self.last
         self.last = time
@@ -97,7 +125,7 @@ class _Lane:
             return
         self.closed = True
         if lose and self.items:
-            kept = self.clock.random.randrange(len(self.items) + 1)
+            kept = int(self.chance() * (len(self.items) + 1))
             while len(self.items) > kept and self.items[-1][1] is not _OPEN:
                 self.items.pop()
         self.push(_END)
@@ -149,8 +177,9 @@ class Link:
         self._network = network
         self._arrived: deque[Message] = deque()
         self._ended: str | None = None
-        self._up = _Lane(network.clock, network.latency, self._at_inbound)
-        self._down = _Lane(network.clock, network.latency, self._at_link)
+        key = site, inbound_site, network.nth(site, inbound_site)
+        self._up = _Lane(network.clock, network.latency, self._at_inbound, (*key, 0))
+        self._down = _Lane(network.clock, network.latency, self._at_link, (*key, 1))
 
     # What the application does --------------------------------------------------------------------
 
@@ -196,12 +225,19 @@ class Link:
             if inbound is None:
                 return
             inbound.take(self, item)
-            if self._network.duplicates and self._network.clock.random.random() < self._network.duplicates:
-                inbound.take(self, item)
+            if self._network.duplicates and self._up.chance() < self._network.duplicates:
+                if self._up.chance() < 0.5:
+                    inbound.take(self, item)
+                else:
+                    self._network.clock.after(self._up.chance(), self._again, (inbound, item))
         elif item is _OPEN:
             self._network.opened(self)
         else:
             self.inbound_ended()
+
+    def _again(self, of: tuple[Inbound, Message]) -> None:
+        if self.inbound is of[0] and not self._up.blocked:
+            of[0].take(self, of[1])
 
     def _at_link(self, item: Any) -> None:
         if type(item) is tuple:
@@ -254,6 +290,10 @@ class Link:
     def block(self, cut: Cut) -> None:
         """Stop what ``cut`` stops."""
         up, down = cut.stops(self.site, self.opened_to), cut.stops(self.opened_to, self.site)
+        if cut.slowness:
+            self._up.slowness += cut.slowness * up
+            self._down.slowness += cut.slowness * down
+            return
         self._up.blocked += up
         self._down.blocked += down
         if (up or down) and not cut.is_hold:
@@ -265,6 +305,10 @@ class Link:
     def unblock(self, cut: Cut) -> None:
         """Let go what :meth:`block` stopped."""
         up, down = cut.stops(self.site, self.opened_to), cut.stops(self.opened_to, self.site)
+        if cut.slowness:
+            self._up.slowness = max(0.0, self._up.slowness - cut.slowness * up)
+            self._down.slowness = max(0.0, self._down.slowness - cut.slowness * down)
+            return
         if (up or down) and not cut.is_hold:
             self.cuts -= 1
         if up:
@@ -343,11 +387,15 @@ class Cut:
     Args:
         b: None for all that are not in ``a``.
         is_hold: connections live on, as those of a process that does not read.
+        slowness: where it is above 0, what it would stop takes about so many seconds more instead.
     """
 
-    __slots__ = ("_a", "_b", "_one_way", "is_hold")
+    __slots__ = ("_a", "_b", "_one_way", "is_hold", "slowness")
 
-    def __init__(self, a: Iterable[int], b: Iterable[int] | None, *, one_way: bool, is_hold: bool) -> None:
+    def __init__(
+        self, a: Iterable[int], b: Iterable[int] | None, *, one_way: bool, is_hold: bool, slowness: float = 0.0
+    ) -> None:
+        self.slowness = slowness
         self._a = frozenset(a)
         self._b = None if b is None else frozenset(b)
         self._one_way = one_way
@@ -369,10 +417,11 @@ class Network:
         latency: seconds a message takes, from and to.
 
     Attributes:
-        duplicates: the share of messages to inbound sockets that arrive twice. ZeroMQ never does that; a receiver must
-            bear it all the same.
+        duplicates: the share of messages to inbound sockets that arrive twice, at once or within a second. ZeroMQ never
+            does that; a receiver must bear it all the same.
         sent: messages sent, by site.
         opened_links: connections begun so far.
+        stopped: sites whose process is stopped: they read and write nothing, and notice nothing.
     """
 
     def __init__(self, clock: Clock, latency: tuple[float, float] = LATENCY) -> None:
@@ -383,6 +432,8 @@ class Network:
         self.duplicates = 0.0
         self.sent: dict[int, int] = {}
         self.opened_links = 0
+        self.stopped: set[int] = set()
+        self._opened: dict[tuple[int, int], int] = {}
         self._links: dict[int, Link] = {}
         self._bound: dict[str, Inbound] = {}
         self._sites: dict[str, int] = {}
@@ -408,9 +459,17 @@ class Network:
         link._up.push(_OPEN)
         return link
 
-    def cut(self, a: Iterable[int], b: Iterable[int] | None, *, one_way: bool = False, is_hold: bool = False) -> Cut:
-        """Stop what goes between the sites ``a`` and ``b``, until :meth:`mend`."""
-        cut = Cut(a, b, one_way=one_way, is_hold=is_hold)
+    def cut(
+        self,
+        a: Iterable[int],
+        b: Iterable[int] | None,
+        *,
+        one_way: bool = False,
+        is_hold: bool = False,
+        slowness: float = 0.0,
+    ) -> Cut:
+        """Stop, or slow down, what goes between the sites ``a`` and ``b``, until :meth:`mend`."""
+        cut = Cut(a, b, one_way=one_way, is_hold=is_hold, slowness=slowness)
         self._cuts.append(cut)
         for link in list(self._links.values()):
             link.block(cut)
@@ -422,6 +481,18 @@ class Network:
             self._cuts.remove(cut)
             for link in list(self._links.values()):
                 link.unblock(cut)
+
+    def nth(self, site: int, inbound_site: int) -> int:
+        """How many connections from ``site`` to ``inbound_site`` were begun, with one that begins now."""
+        number = self._opened[site, inbound_site] = self._opened.get((site, inbound_site), 0) + 1
+        return number
+
+    def reset(self, sites: Iterable[int]) -> None:
+        """End every connection of ``sites`` from outside, while the processes live on."""
+        of = frozenset(sites)
+        for link in list(self._links.values()):
+            if link.site in of or link.opened_to in of:
+                self.disconnect(link)
 
     def disconnect(self, link: Link) -> None:
         """End one connection from outside, as a network does: both sides notice, and what was under way is lost."""
@@ -443,7 +514,8 @@ class Network:
 
     def unbind(self, inbound: Inbound) -> None:
         """Nobody listens there any more."""
-        self._bound.pop(inbound.endpoints[0], None)
+        if self._bound.get(inbound.endpoints[0]) is inbound:  # another may listen there by now
+            del self._bound[inbound.endpoints[0]]
 
     def forget(self, link: Link) -> None:
         """Forget a connection that is over on both sides."""
@@ -453,24 +525,33 @@ class Network:
     def expect_silence(self, link: Link) -> None:
         """A cut began: each side counts the connection as ended when no heartbeat was answered."""
         for side in (self._link_silent, self._inbound_silent):
-            wait = HEARTBEAT_TIMEOUT + HEARTBEAT_EVERY * self.clock.random.random()
+            wait = HEARTBEAT_TIMEOUT + HEARTBEAT_EVERY * link._up.chance()
             self.clock.after(wait, side, (link, self.clock.now))
 
     def _link_silent(self, of: tuple[Link, float]) -> None:
         link, since = of
         if link.cuts and link.cut_since == since:
-            link.end("no heartbeat was answered")
+            if link.site in self.stopped:
+                self.clock.after(HEARTBEAT_TIMEOUT, self._link_silent, of)
+            else:
+                link.end("no heartbeat was answered")
 
     def _inbound_silent(self, of: tuple[Link, float]) -> None:
         link, since = of
         if link.cuts and link.cut_since == since and link.inbound is not None:
-            link.leave(lose=True)
+            if link.opened_to in self.stopped:
+                self.clock.after(HEARTBEAT_TIMEOUT, self._inbound_silent, of)
+            else:
+                link.leave(lose=True)
 
 
 class Watcher(Protocol):
     """Who watches a registry."""
 
     seen_version: int
+
+    @property
+    def index(self) -> int: ...
 
     def learn(self, records: tuple[Record, ...]) -> None:
         """There is a new view."""
@@ -492,6 +573,8 @@ class VirtualRegistry:
         self._clock = clock
         self._notice = notice
         self._records: dict[str, Record] = {}
+        self._withdrawn: deque[Record] = deque(maxlen=WITHDRAWN_KEPT)
+        self._deaf: dict[int, None] = {}
         self._view: tuple[Record, ...] | None = None
         self._watchers: dict[Watcher, None] = {}
         self._pending: dict[Watcher, None] = {}
@@ -509,8 +592,35 @@ class VirtualRegistry:
 
     def withdraw(self, node: str) -> None:
         """Take a record back."""
-        if self._records.pop(node, None) is not None:
+        record = self._records.pop(node, None)
+        if record is not None:
+            self._withdrawn.append(record)
             self._changed()
+
+    def lapse(self, node: str) -> Record | None:
+        """Lose the record of a node that lives, as when a lease ran out; returns it, for :meth:`announce`."""
+        record = self._records.get(node)
+        self.withdraw(node)
+        return record
+
+    def recall(self) -> list[Record]:
+        """Show the last withdrawn records again, as one that was restored from an old copy does; returns them."""
+        returned = [record for record in self._withdrawn if record.node not in self._records]
+        for record in returned:
+            self._records[record.node] = record
+        self._changed()
+        return returned
+
+    def deafen(self, index: int) -> None:
+        """Tell the nodes of that index nothing, until :meth:`hear`."""
+        self._deaf[index] = None
+
+    def hear(self, index: int) -> None:
+        """Tell them what they missed."""
+        if self._deaf.pop(index, self) is None:
+            for watcher in list(self._watchers):
+                if watcher.index == index:
+                    self.refresh(watcher)
 
     def watch(self, watcher: Watcher) -> None:
         """Tell ``watcher`` the view: now, and soon after each change."""
@@ -541,14 +651,15 @@ class VirtualRegistry:
         for watcher in self._watchers:
             if watcher not in self._pending:
                 self._pending[watcher] = None
-                self._clock.after(shortest + (longest - shortest) * self._clock.random.random(), self._due, watcher)
+                drawn = self._clock.chance(watcher.index, int(self._clock.now * 1e6))
+                self._clock.after(shortest + (longest - shortest) * drawn, self._due, watcher)
 
     def _due(self, watcher: Watcher) -> None:
         if self._pending.pop(watcher, self) is None:
             self.refresh(watcher)
 
     def _tell(self, watcher: Watcher) -> None:
-        if not self.is_away:
+        if not self.is_away and watcher.index not in self._deaf:
             self.told += 1
             watcher.seen_version = self.version
             watcher.learn(self.view())

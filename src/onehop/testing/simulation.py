@@ -12,23 +12,43 @@ same seed is given again::
     assert world.views_agree(within=5.0)
 
 ``onehop.testing.invariants`` is checked all the while; a breach raises InvariantBroken with the seed, the virtual time
-and the last 50 steps. :func:`run` explores: many nodes under load, with all kinds of faults drawn from the seed.
+and the last 50 steps. ``onehop.testing.exploration`` draws whole worlds, their load and their faults from a seed.
 """
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from random import Random
+from typing import Any
 
-from onehop.testing.clock import Clock
-from onehop.testing.engine import Offer, Surroundings, VirtualEngine
-from onehop.testing.invariants import CUT, HELD, MENDED, RELEASED, Entry, Invariants, Trace
+from onehop.testing.clock import Clock, LocalClock
+from onehop.testing.engine import Surroundings, VirtualEngine
+from onehop.testing.invariants import (
+    CUT,
+    HEARD_WITHIN,
+    HELD,
+    KEPT_STEPS,
+    MENDED,
+    PASSED,
+    RELEASED,
+    STRIKES,
+    STRUCK,
+    Entry,
+    Invariants,
+    Trace,
+)
 from onehop.testing.link import EngineLink
 from onehop.testing.network import LATENCY, Cut, Network, VirtualRegistry
+from onehop.testing.offer import Offer
 
 DRAIN_TIMEOUT = 10.0
+DARK = -1
+STOPPED, HUNG, SLOW, LATE, DEAF = range(len(STRIKES))
+NEWS_TAKES = 1.0
+"""Seconds in which the end of a process is heard of where the network carries it."""
+BOUNDS_EVERY, LOOKED_AT = 0.5, 8
+"""Seconds after which the tables of so many nodes are looked through."""
 CONVERGENCE = 12.0
 """Seconds after the last repair within which all nodes are routes for each other again: the longest pause, and some."""
 
@@ -38,11 +58,18 @@ class VirtualNode:
 
     Attributes:
         engine: the process that runs there, or the last one that did.
+        offset, rate: of the clock there; see :class:`onehop.testing.clock.LocalClock`.
+        cuts: what stops its connections because it is without power or stopped.
+        processes: how many have run there.
     """
 
-    def __init__(self, index: int, engine: VirtualEngine) -> None:
+    def __init__(self, index: int, engine: VirtualEngine, offset: float = 0.0, rate: float = 1.0) -> None:
         self.index = index
         self.engine = engine
+        self.offset = offset
+        self.rate = rate
+        self.cuts: dict[int, Cut] = {}
+        self.processes = 1
 
     @property
     def is_up(self) -> bool:
@@ -66,6 +93,7 @@ class World:
         latency: seconds a message takes, from and to.
         notice: seconds until a node notices a change in the registry, from and to.
         is_strict: whether a breach of an invariant raises at once; otherwise it is collected in ``invariants.broken``.
+        kept: how many of the last steps a breach tells.
 
     Attributes:
         ledger: every request made, with all that became of it.
@@ -80,22 +108,23 @@ class World:
         latency: tuple[float, float] = LATENCY,
         notice: tuple[float, float] = (0.02, 0.3),
         is_strict: bool = True,
+        kept: int = KEPT_STEPS,
     ) -> None:
         self.seed = seed
         self.clock = Clock(seed)
         self.random = self.clock.random
         self.network = Network(self.clock, latency)
         self.registry = VirtualRegistry(self.clock, notice)
-        self.trace = Trace(self.clock)
+        self.trace = Trace(self.clock, kept)
         self.ledger: list[Entry] = []
         self.invariants = Invariants(self.clock, self.trace, self.ledger, is_strict=is_strict)
-        self._surroundings = Surroundings(self.clock, self.network, self.registry, self.invariants, self.trace)
-        self.engines: list[VirtualEngine] = []
         self._nodes: list[VirtualNode] = []
-        self._cuts: list[tuple[Cut, tuple[int, int]]] = []
-        self._dark: dict[int, Cut] = {}
+        self._cuts: dict[Cut, tuple[tuple[int, int], list[int]]] = {}
+        self._struck_now: dict[tuple[VirtualEngine, int], VirtualNode] = {}
         self._loads: list[_Load] = []
         self._planned = 0
+        self._looked = float("-inf")
+        self._turn = 0
         self._is_quiet = False
 
     @property
@@ -136,20 +165,44 @@ class World:
         made = []
         for index in range(len(self._nodes), len(self._nodes) + number):
             own = tuple(offers) or ((Offer(service, server or f"server-{index}", work, workers),) if service else ())
-            options = {"room": room, "window": window, "fanout_direct": fanout_direct}
-            made.append(engine(self._surroundings, index, own, relay=relay, **options))
-        return self._start(made, watch=watches)
+            options: dict[str, Any] = {"room": room, "window": window, "fanout_direct": fanout_direct}
+            made.append(VirtualNode(index, engine(self._around(index), index, own, relay=relay, **options)))
+        return self.start(made, watch=watches)
 
-    def _start(self, engines: Sequence[VirtualEngine], *, watch: bool = True) -> list[VirtualNode]:
-        for engine in engines:
-            engine.start()
-        for engine in engines:
+    def _around(self, index: int, offset: float = 0.0, rate: float = 1.0, process: int = 0) -> Surroundings:
+        """What a process finds; its chance is its own, so that what is left out elsewhere changes nothing for it."""
+        clock = LocalClock(self.clock, Random(f"{self.seed}/{index}/{process}"), offset, rate)
+        return Surroundings(clock, self.network, self.registry, self.invariants, self.trace)
+
+    def place(
+        self,
+        index: int,
+        offers: Sequence[Offer],
+        *,
+        offset: float = 0.0,
+        rate: float = 1.0,
+        engine: type[VirtualEngine] = VirtualEngine,
+        **options: Any,
+    ) -> VirtualNode:
+        """A node of that index that does not run yet; for :meth:`start`.
+
+        Args:
+            offset, rate: of its clock.
+            options: of the engine.
+        """
+        made = engine(self._around(index, offset, rate), index, tuple(offers), **options)
+        return VirtualNode(index, made, offset, rate)
+
+    def start(self, nodes: Sequence[VirtualNode], *, watch: bool = True) -> list[VirtualNode]:
+        """Start the processes of nodes made by :meth:`place`."""
+        for node in nodes:
+            node.engine.start()
+        for node in nodes:
+            self.invariants.engines.append(node.engine)
             if watch:
-                self.registry.watch(engine)
-        nodes = [VirtualNode(engine.index, engine) for engine in engines]
+                self.registry.watch(node.engine)
         self._nodes += nodes
-        self.engines += engines
-        return nodes
+        return list(nodes)
 
     def crash(self, node: VirtualNode, at: float | None = None, *, power_lost: bool = False) -> None:
         """Kill the process of ``node``, now or at a time; what it had under way is lost.
@@ -161,9 +214,19 @@ class World:
 
     def _crash(self, of: tuple[VirtualNode, bool]) -> None:
         node, power_lost = of
+        engine = node.engine
+        if engine.is_over:
+            return
+        self.invariants.befell(node.index)
+        if engine.clock.is_stopped:
+            self._resume(node)
         if power_lost:
-            self._dark[node.index] = self.network.cut([node.index], None)
-        node.engine.crash()
+            node.cuts[DARK] = self.network.cut([node.index], None)
+        elif not self._cuts:  # else the news may be held up
+            self.invariants.expect_news(engine, NEWS_TAKES)
+        if power_lost and not self._cuts:
+            self.invariants.expect_news(engine, HEARD_WITHIN)
+        engine.crash()
 
     def restart(self, node: VirtualNode, at: float | None = None) -> None:
         """Start a new process (with a new node id) at the place of ``node``; the old one is killed if it runs."""
@@ -172,19 +235,113 @@ class World:
     def _restart(self, node: VirtualNode) -> None:
         old = node.engine
         if not old.closed:
-            old.crash()
-        if node.index in self._dark:
-            self.network.mend(self._dark.pop(node.index))
+            self._crash((node, False))
+        if DARK in node.cuts:
+            self.network.mend(node.cuts.pop(DARK))
         offers = tuple(target.offer for target in old.targets)
-        options = {"room": old.room, "window": old.window, "fanout_direct": old.fanout_direct}
-        node.engine = type(old)(self._surroundings, node.index, offers, relay=old.relay, **options)
-        self.engines.append(node.engine)
+        options: dict[str, Any] = {"room": old.room, "window": old.window, "fanout_direct": old.fanout_direct}
+        around = self._around(node.index, node.offset, node.rate, node.processes)
+        node.processes += 1
+        node.engine = type(old)(around, node.index, offers, relay=old.relay, keeps_address=old.keeps_address, **options)
+        self.invariants.engines.append(node.engine)
         node.engine.start()
         self.registry.watch(node.engine)
+        self.invariants.passed(node.index)
+
+    # One node ---------------------------------------------------------------------------------------
+
+    def stop(self, node: VirtualNode, at: float | None = None, *, resume_at: float | None = None) -> None:
+        """Stop the process of ``node`` (SIGSTOP): it does nothing, and its kernel keeps its connections.
+
+        Its peers notice by missing heartbeats; it does not. ``resume_at`` ends it; otherwise :meth:`repair` does.
+        """
+        self._strike(node, STOPPED, at, resume_at)
+
+    def hang(self, node: VirtualNode, at: float | None = None, *, until: float | None = None) -> None:
+        """Let no handler of ``node`` come to an end, while its input and output live."""
+        self._strike(node, HUNG, at, until)
+
+    def slow_down(
+        self, node: VirtualNode, factor: float, at: float | None = None, *, until: float | None = None
+    ) -> None:
+        """Let the handlers of ``node`` take ``factor`` times as long."""
+        self._strike(node, SLOW, at, until, factor)
+
+    def delay_housekeeping(
+        self, node: VirtualNode, seconds: float, at: float | None = None, *, until: float | None = None
+    ) -> None:
+        """Let the housekeeping of ``node`` come ``seconds`` late."""
+        self._strike(node, LATE, at, until, seconds)
+
+    def deafen(self, node: VirtualNode, at: float | None = None, *, until: float | None = None) -> None:
+        """Let the registry tell ``node`` nothing."""
+        self._strike(node, DEAF, at, until)
+
+    def _strike(self, node: VirtualNode, what: int, at: float | None, until: float | None, amount: float = 0.0) -> None:
+        self._at(at, self._struck, (node, what, until, amount))
+
+    def _struck(self, of: tuple[VirtualNode, int, float | None, float]) -> None:
+        node, what, until, amount = of
+        engine = node.engine
+        if engine.is_over or (engine, what) in self._struck_now:
+            return
+        self._struck_now[engine, what] = node
+        self.trace.step(STRUCK, node.index, what)
+        self.invariants.befell(node.index)
+        if what == STOPPED:
+            engine.clock.stop()
+            self.network.stopped.add(node.index)
+            node.cuts[STOPPED] = self.network.cut([node.index], None)
+            self.registry.leave(engine)
+        elif what == HUNG:
+            engine.hung = True
+        elif what == SLOW:
+            engine.slowness = amount
+        elif what == LATE:
+            engine.lateness = amount
+        else:
+            self.registry.deafen(node.index)
+        if until is not None:
+            self.clock.at(until, self._recover, (node, engine, what))
+
+    def _recover(self, of: tuple[VirtualNode, VirtualEngine, int]) -> None:
+        node, engine, what = of
+        if self._struck_now.pop((engine, what), None) is None:
+            return
+        self.trace.step(PASSED, node.index, what)
+        self.invariants.passed(node.index)
+        if what == STOPPED:
+            self._go_on(node, engine)
+        elif what == HUNG:
+            engine.come_to()
+        elif what == SLOW:
+            engine.slowness = 1.0
+        elif what == LATE:
+            engine.lateness = 0.0
+        else:
+            self.registry.hear(node.index)
+
+    def _resume(self, node: VirtualNode) -> None:
+        self._recover((node, node.engine, STOPPED))
+
+    def _go_on(self, node: VirtualNode, engine: VirtualEngine) -> None:
+        self.network.stopped.discard(node.index)
+        self.network.mend(node.cuts.pop(STOPPED))
+        engine.clock.resume()
+        if not engine.is_over:
+            self.registry.watch(engine)
 
     def drain(self, node: VirtualNode, at: float | None = None, *, timeout: float = DRAIN_TIMEOUT) -> None:
         """Let the process of ``node`` end in order: it finishes what it took, for up to ``timeout`` seconds."""
-        self._at(at, lambda _: None if node.engine.dead else node.engine.drain(timeout))
+        self._at(at, self._drain, (node, timeout))
+
+    def _drain(self, of: tuple[VirtualNode, float]) -> None:
+        node, timeout = of
+        if node.engine.clock.is_stopped:
+            node.engine.clock.at(node.engine.clock.now, self._drain, of)  # a signal waits for the process
+        elif not node.engine.dead and not node.engine.draining:
+            self.invariants.befell(node.index)  # until it starts anew
+            node.engine.drain(timeout)
 
     # The network ----------------------------------------------------------------------------------
 
@@ -201,7 +358,7 @@ class World:
 
         Connections are noticed to be dead by missing heartbeats. ``repair_at`` ends it; otherwise :meth:`repair` does.
         """
-        self._at(at, self._cut, (a, b, one_way, False, repair_at))
+        self._at(at, self._cut, (a, b, one_way, False, repair_at, 0.0))
 
     def hold(
         self,
@@ -216,33 +373,94 @@ class World:
 
         As when a process is stopped whose I/O thread goes on. ``release_at`` ends it; otherwise :meth:`repair` does.
         """
-        self._at(at, self._cut, (a, b, one_way, True, release_at))
+        self._at(at, self._cut, (a, b, one_way, True, release_at, 0.0))
 
-    def _cut(self, of: tuple[Sequence[VirtualNode], Sequence[VirtualNode], bool, bool, float | None]) -> None:
-        a, b, one_way, is_hold, end = of
+    def delay(
+        self,
+        a: Sequence[VirtualNode],
+        b: Sequence[VirtualNode],
+        seconds: float,
+        *,
+        at: float | None = None,
+        until: float | None = None,
+    ) -> None:
+        """Let all that goes between ``a`` and ``b`` take about so many seconds more, as where packets are lost."""
+        self._at(at, self._cut, (a, b, False, False, until, seconds))
+
+    def reset(self, nodes: Sequence[VirtualNode], at: float | None = None) -> None:
+        """End every connection of ``nodes`` from outside; their processes live on."""
+        self._at(at, self._reset, nodes)
+
+    def _reset(self, nodes: Sequence[VirtualNode]) -> None:
+        for node in nodes:
+            self.invariants.befell(node.index)
+        self.network.reset(node.index for node in nodes)
+        for node in nodes:
+            self.invariants.passed(node.index)
+
+    def _cut(self, of: tuple[Sequence[VirtualNode], Sequence[VirtualNode], bool, bool, float | None, float]) -> None:
+        a, b, one_way, is_hold, end, slowness = of
         sizes = (len(a), len(b))
-        self.trace.step(HELD if is_hold else CUT, *sizes)
+        self.trace.step(HELD if is_hold or slowness else CUT, *sizes)
         sites = [node.index for node in a], [node.index for node in b]
-        cut = self.network.cut(*sites, one_way=one_way, is_hold=is_hold), sizes
-        self._cuts.append(cut)
+        cut = self.network.cut(*sites, one_way=one_way, is_hold=is_hold, slowness=slowness)
+        befallen = min(sites, key=len)  # who are both in the larger part have each other still
+        for index in befallen:
+            self.invariants.befell(index)
+        self._cuts[cut] = sizes, befallen
         if end is not None:
             self.clock.at(end, self._mend, cut)
 
-    def _mend(self, cut: tuple[Cut, tuple[int, int]]) -> None:
+    def _mend(self, cut: Cut) -> None:
         if cut in self._cuts:
-            self._cuts.remove(cut)
-            self.trace.step(RELEASED if cut[0].is_hold else MENDED, *cut[1])
-            self.network.mend(cut[0])
+            sizes, befallen = self._cuts.pop(cut)
+            self.trace.step(RELEASED if cut.is_hold or cut.slowness else MENDED, *sizes)
+            self.network.mend(cut)
+            for index in befallen:
+                self.invariants.passed(index)
 
     def repair(self, at: float | None = None) -> None:
-        """End all partitions and holds, and let the registry come back."""
+        """End all partitions and holds, let what befell single nodes pass, and let the registry come back."""
         self._at(at, self._repair)
 
     def _repair(self, _: None) -> None:
         for cut in list(self._cuts):
             self._mend(cut)
+        for (engine, what), node in list(self._struck_now.items()):
+            self._recover((node, engine, what))
         if self.registry.is_away:
             self.registry.come_back()
+
+    def lapse(self, node: VirtualNode, at: float | None = None, *, back_at: float) -> None:
+        """Let the registry lose the record of ``node``, which lives, until ``back_at``."""
+        self._at(at, self._lapse, (node, back_at))
+
+    def _lapse(self, of: tuple[VirtualNode, float]) -> None:
+        node, back_at = of
+        engine = node.engine
+        if not node.is_up or self.registry.lapse(engine.protocol.id.hex()) is None:
+            return
+        self.invariants.befell(node.index)
+        self.clock.at(back_at, self._renew, (node, engine))
+
+    def _renew(self, of: tuple[VirtualNode, VirtualEngine]) -> None:
+        node, engine = of
+        if node.engine is engine and node.is_up:
+            engine.announce()
+        self.invariants.passed(node.index)
+
+    def recall(self, at: float | None = None, *, until: float) -> None:
+        """Let the registry show records of processes that have ended, until ``until``."""
+        self._at(at, self._recall, until)
+
+    def _recall(self, until: float) -> None:
+        for record in self.registry.recall():
+            self.clock.at(until, self._withdraw, record.node)
+
+    def _withdraw(self, node: str) -> None:
+        living = (engine.protocol.id.hex() for engine in self._running() if engine.targets)
+        if node not in living:
+            self.registry.withdraw(node)
 
     def registry_away(self, at: float | None = None, back_at: float | None = None) -> None:
         """Let the registry tell nobody anything, until :meth:`repair` or ``back_at``."""
@@ -298,21 +516,25 @@ class World:
         fails: bool = False,
         size: int = 0,
     ) -> Entry:
-        entry = self.invariants.enter(kind, node.index, service, server, timeout)
+        entry = self.invariants.enter(kind, node.index, service, server, timeout, node.engine.clock)
         entry.ready_timeout, entry.monitor, entry.idempotent = ready_timeout, monitor, idempotent
         entry.work, entry.fails, entry.size = work, fails, size
         if at is None:
             node.engine.begin(entry)
         else:
-            entry.started, entry.deadline = at, at + timeout
             self._planned += 1
-            self.clock.at(at, self._begin, (node, entry))
+            self.clock.at(at, self._begin, (node, entry, timeout))
         return entry
 
-    def _begin(self, of: tuple[VirtualNode, Entry]) -> None:
-        node, entry = of
+    def _begin(self, of: tuple[VirtualNode, Entry, float]) -> None:
+        node, entry, timeout = of
+        clock = entry.clock = node.engine.clock
+        if clock.is_stopped:
+            clock.at(clock.now, self._begin, of)  # its threads make no requests now
+            return
         self._planned -= 1
-        if node.engine.dead or node.engine.closed:
+        entry.started, entry.deadline = clock.now, clock.now + timeout
+        if node.engine.is_over:
             entry.outcome = "caller crashed"
         else:
             node.engine.begin(entry)
@@ -350,7 +572,19 @@ class World:
 
     def run(self, until: float) -> None:
         """Let time pass, to ``until``."""
+        self._look()
         self.clock.run(until)
+
+    def _look(self, _: None = None) -> None:
+        """Look through the tables of some nodes, now and then."""
+        if self.now < self._looked + BOUNDS_EVERY:
+            return
+        self._looked = self.now
+        for _each in range(min(LOOKED_AT, len(self._nodes))):
+            self._turn = (self._turn + 1) % len(self._nodes)
+            if self._nodes[self._turn].is_up:
+                self.invariants.bounds(self._nodes[self._turn].engine)
+        self.clock.after(BOUNDS_EVERY, self._look)
 
     def settle(self, within: float = 120.0) -> None:
         """Make no more random requests, let those under way end, and check what must hold at rest."""
@@ -462,139 +696,3 @@ class _Load:
                 self.entries.append(world._request(self._kind, caller, self._service, server=server, **self._options))
                 break
         self.plan()
-
-
-class Result(NamedTuple):
-    """What a run of :func:`run` came to.
-
-    Attributes:
-        summary: figures by name.
-        broken: each breach of an invariant, with the steps before it.
-        digest: SHA-256 of all that happened; the same for the same arguments, on any machine.
-    """
-
-    summary: dict[str, Any]
-    broken: list[str]
-    digest: str
-
-
-def run(seed: int = 0, nodes: int = 100, seconds: float = 60.0) -> Result:
-    """Explore: a cloud of ``nodes`` under load for ``seconds``, with faults drawn from ``seed``; then at rest.
-
-    Every node is an agent with a name; some also conduct, and a few schedule. Everybody calls conductors, conductors
-    call agents by name, schedulers fan out and gather. Nodes crash and come back, drain, lose power, are cut off and
-    held up; messages arrive twice; the registry goes away and returns.
-
-    Args:
-        nodes: at least 2.
-        seconds: of virtual time.
-
-    Raises:
-        ValueError: fewer than two nodes.
-    """
-    if nodes < 2:
-        raise ValueError(f"nodes is {nodes}; a world worth exploring has 2 or more")
-    enabled = gc.isenabled()
-    gc.disable()  # millions of objects that live as long as the world: looking through them costs more than the world
-    try:
-        return _Exploration(seed, nodes, seconds).result()
-    finally:
-        if enabled:
-            gc.enable()
-
-
-class _Exploration:
-    def __init__(self, seed: int, number: int, seconds: float) -> None:
-        self._seconds = seconds
-        self._number = number
-        self._faults: Counter[str] = Counter()
-        self._world = world = World(seed, is_strict=False)
-        agents = [Offer("agent", f"agent-{index}", 0.02) for index in range(number)]
-        conductors, schedulers = max(1, number // 20), max(1, number // 100)
-        engines = []
-        for index, agent in enumerate(agents):
-            offers = [agent]
-            if index < conductors:
-                offers.append(Offer("conductor", agent.server, 0.005))
-            elif index < conductors + schedulers:
-                offers.append(Offer("scheduler", agent.server, 0.005))
-            engines.append(VirtualEngine(world._surroundings, index, tuple(offers)))
-        self._nodes = world._start(engines)
-        world.call_randomly(0.6 * number, 2.0, service="conductor")
-        world.call_randomly(0.3 * number, 2.0, service="agent", named=True, callers=self._nodes[:conductors])
-        world.call_randomly(0.1 * number, 5.0, service="conductor", kind="cast")
-        world.call_randomly(0.02 * number, 1.0, service="scheduler", idempotent=True)
-        world.call_randomly(0.002 * number, 3.0, service="scheduler", kind="fanout")
-        world.call_randomly(0.002 * number, 3.0, service="scheduler", kind="gather")
-        world.call_randomly(0.01 * number, 10.0, service="conductor", monitor=0.5)
-        self._plan()
-
-    def _plan(self) -> None:
-        # Faults come with the number of nodes, as in life.
-        self._world.clock.after(self._world.random.expovariate(0.2 + self._number / 1000), self._fault)
-
-    def _fault(self, _: None) -> None:
-        world, random, now = self._world, self._world.random, self._world.now
-        if now > self._seconds * 0.9:
-            return
-        self._plan()
-        kind = random.choice(("crash", "crash", "drain", "power", "partition", "one way", "hold", "registry", "twice"))
-        some = random.sample(self._nodes, random.randint(1, max(1, self._number // 10)))
-        node = some[0]
-        later = now + random.uniform(0.5, 10.0)
-        self._faults[kind] += 1
-        if kind in ("crash", "power"):
-            if node.is_up:
-                world.crash(node)
-                world.restart(node, later)
-        elif kind == "drain":
-            if node.is_up:
-                world.drain(node)
-                world.restart(node, max(later, now + 1.0))
-        elif kind in ("partition", "one way"):
-            others = [each for each in self._nodes if each not in some]
-            world.partition(some, others, repair_at=later, one_way=kind == "one way")
-        elif kind == "hold":
-            world.hold(some, random.sample(self._nodes, len(some)), release_at=now + random.uniform(0.1, 3.0))
-        elif kind == "twice":
-            world.network.duplicates = 0.2
-            world.clock.at(later, self._once)
-        elif not world.registry.is_away:
-            world.registry_away(back_at=later)
-
-    def _once(self, _: None) -> None:
-        self._world.network.duplicates = 0.0
-
-    def result(self) -> Result:
-        world = self._world
-        world.run(self._seconds)
-        world._is_quiet = True
-        world.run(max(world.now + 11.0, self._seconds + 11.0))  # every restart and repair that was planned has come
-        world.repair()
-        agree = world.views_agree()
-        if not agree:
-            world.invariants.fail(f"the views of the nodes do not agree {CONVERGENCE:g} s after the last repair")
-        world.settle()
-        sent = sum(world.network.sent.values())
-        beats = sum(int(20 / entry.monitor) for entry in world.ledger if entry.monitor)
-        probes = sum(engine.probes for engine in world.engines)
-        world.invariants.messages(sent, world.network.opened_links, beats, probes)
-        servers = Counter(run.node for entry in world.ledger for run in entry.executions)
-        summary = {
-            "seed": world.seed,
-            "nodes": self._number,
-            "virtual seconds": self._seconds,
-            "requests": len(world.ledger),
-            "outcomes": world.outcomes(),
-            "faults": dict(sorted(self._faults.items())),
-            "messages": sent,
-            "messages per node and second": round(sent / self._number / self._seconds, 2),
-            "connections opened": world.network.opened_links,
-            "connections standing": len(world.links()),
-            "handlers run": sum(servers.values()),
-            "retried": sum(node.engine.retried for node in self._nodes),
-            "views told": world.registry.told,
-            "steps": world.trace.steps,
-            "views agree": agree,
-        }
-        return Result(summary, world.invariants.broken, world.digest())

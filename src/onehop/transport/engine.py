@@ -316,6 +316,7 @@ class Engine(Caller):
         return Statistics(
             node=self.protocol.id.hex(),
             host=self.protocol.host,
+            state=self._state(),
             peers=peers,
             retried=outcomes.pop("retried", 0),
             outcomes=outcomes,
@@ -328,6 +329,13 @@ class Engine(Caller):
             registry=self.settings.shown_registry,
             records=len(self.records),
         )
+
+    def _state(self) -> str:
+        if not self._offers or self.closed:
+            return "not serving"
+        if not self._draining:
+            return "serving"
+        return "draining" if self.protocol.inbox.taken else "not serving"
 
     def close(self, linger: float = 1.0) -> None:
         """End everything now. Calls under way end as lost; requests taken and not answered go unanswered."""

@@ -1,0 +1,35 @@
+"""What a simulated node serves, and the queue of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from onehop.protocol.inbox import Request
+
+
+class Offer(NamedTuple):
+    """A service that a node offers.
+
+    Args:
+        work: seconds a handler takes, on average.
+        workers: handlers at once.
+    """
+
+    service: str
+    server: str
+    work: float = 0.01
+    workers: int = 8
+
+
+class Target:
+    """The queue of one instance of a service."""
+
+    def __init__(self, offer: Offer, instance: int) -> None:
+        self.offer = offer
+        self.instance = instance
+        self.tasks: deque[Request] = deque()
+        self.busy = 0
+
+    def __len__(self) -> int:
+        return len(self.tasks)
