@@ -14,6 +14,7 @@ from onehop import (
     EncodeError,
     NoSuchMethod,
     PayloadError,
+    Rejected,
     RemoteError,
     SettingsError,
     TooLarge,
@@ -256,16 +257,24 @@ def test_reply_above_max_message_is_the_handlers_error(node) -> None:
     assert len(client.call("read", 99_000)) == 99_000
 
 
-def test_large_requests_beyond_the_window_are_refused(node, gate) -> None:
+def test_large_requests_wait_for_room_in_the_window_and_are_refused_when_there_is_none_in_time(
+    node, gate, background
+) -> None:
     node().serve("clock", gate)
     client = node(window_bytes=300_000).client("clock")
     client.call("read")
     held = [client.start("hold", b"x" * 100_000) for _ in range(2)]
-    with pytest.raises(CallError, match="as many as the window allows"):
-        client.call("hold", b"x" * 150_000)
+    with pytest.raises(Rejected, match="as many as the window allows"):
+        client.options(timeout=0.3).call("hold", b"x" * 150_000)
+    waiting = background(client.call, "hold", b"x" * 150_000)
+    held.append(client.start("hold", b"x" * 60_000))
+    began = time.monotonic()
+    with pytest.raises(Rejected, match="as many as the window allows"):  # a small one does not wait
+        client.call("hold", b"x" * 60_000)
+    assert time.monotonic() - began < 10.0
     gate.open.set()
-    assert [len(call.result()) for call in held] == [100_000] * 2
-    assert len(client.call("hold", b"x" * 150_000)) == 150_000
+    assert [len(call.result()) for call in held] == [100_000, 100_000, 60_000]
+    assert len(waiting.result()) == 150_000
 
 
 # executed -----------------------------------------------------------------------------------------

@@ -97,10 +97,13 @@ class Pendulum:
     def _swing(self) -> None:
         due = monotonic() + TICK
         while not self._end.wait(max(0.0, due - monotonic())):
-            now = monotonic()
-            if now - due > WORTH_TELLING:
-                self._writer.late(now - due)
-            due = now + TICK
+            self._tell(monotonic() - due)
+            due = monotonic() + TICK
+        self._tell(monotonic() - due)  # where the end came while the process did not run
+
+    def _tell(self, late: float) -> None:
+        if late > WORTH_TELLING:
+            self._writer.late(late)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -337,6 +337,9 @@ class Caller(Connector):
             if routes:
                 return choose(routes, next(terms.turns))
             if error is not None and (full or monotonic() >= ready):
+                gone = isinstance(error, errors.PeerLost) and not self.protocol.receivers(terms.service, terms.server)
+                if gone and error.executed == "no" and not attempt.may_have_run:  # it withdrew as we came
+                    error = attempt.no_route(self.protocol.routes, self.settings, ready)
                 self._fail(attempt, error)
             if tried:
                 # Each has been tried once. Another round after a pause, or when the view changes.
