@@ -17,11 +17,11 @@ help:  ## show this list
 demo: $(STAMP)  ## a small Nova without a broker: ten processes, two of them killed, a ledger at the end
 	@$(BIN)/onehop demo
 
-test: $(STAMP)  ## everything: lint, our tests in two processes, oslo.messaging's own tests
+test: $(STAMP)  ## everything: lint, our tests in three processes, oslo.messaging's own tests
 	@bash tests/system_packages.sh
 	@$(MAKE) --no-print-directory lint
 	@echo "== tests"
-	@$(BIN)/python -m pytest -n 2 $(HOSTS)
+	@$(BIN)/python -m pytest -n 3 $(HOSTS)
 	@echo "== the core's own tests cover each of its branches (the long search through interleavings adds nothing here)"
 	@$(BIN)/python -m pytest -n 2 tests/protocol -k "not interleaving" --cov --cov-config=tests/protocol/coverage.ini
 	@$(MAKE) --no-print-directory test-oslo

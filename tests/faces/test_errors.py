@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from onehop import (
     BadArguments,
     CallError,
     EncodeError,
+    NoRoute,
     NoSuchMethod,
     PayloadError,
     Rejected,
@@ -275,6 +277,28 @@ def test_large_requests_wait_for_room_in_the_window_and_are_refused_when_there_i
     gate.open.set()
     assert [len(call.result()) for call in held] == [100_000, 100_000, 60_000]
     assert len(waiting.result()) == 150_000
+
+
+def test_a_request_that_fails_leaves_nothing_for_the_collector_of_garbage(make_node, gate, background) -> None:
+    serving, calling = make_node(inbox_messages=1), make_node()
+    serving.serve("clock", gate)
+    client = calling.client("clock", ready_timeout=0.0)
+    held = background(client.call, "hold")
+    gate.wait_entered()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            with pytest.raises(Rejected):
+                client.call("hold", b"x" * 1_000)
+            with pytest.raises(NoRoute):
+                calling.client("nobody", ready_timeout=0.0).call("hold")
+        alive = [error for error in gc.get_objects() if isinstance(error, CallError)]
+        assert alive == []
+    finally:
+        gc.enable()
+    gate.open.set()
+    held.result()
 
 
 # executed -----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tests.registry.servers import Redis, Sentinel, Sentinels, eventually, free_
 
 from onehop.errors import RegistryError, SettingsError
 from onehop.registry import open_registry
-from onehop.registry.leased import LeasedRegistry, LeaseLost, StoreAway
+from onehop.registry.leased import RETURN_DELAY, LeasedRegistry, LeaseLost, StoreAway
 from onehop.registry.redis import PORT, SENTINEL_PORT, RedisStore
 from onehop.registry.urls import parse
 from onehop.settings import Settings, revise
@@ -200,14 +200,15 @@ def test_a_server_without_memory_is_away_until_it_has_some(
 def test_who_was_announced_stays_where_memory_runs_out_and_connections_break(
     opened: Callable[..., LeasedRegistry], caplog: pytest.LogCaptureFixture
 ) -> None:
+    lease = 2.5 * RETURN_DELAY  # a third of it may be over when the connection breaks, and the way back takes so long
     with Redis("--maxmemory-policy", "noeviction") as server, server.client() as client:
-        registry = opened(server.url())
+        registry = opened(server.url(), lease)
         registry.announce(record(1))
         client.config_set("maxmemory", 1)
         with caplog.at_level(logging.INFO):
             client.client_kill_filter(_type="normal", skipme=True)
             assert eventually(lambda: " is back " in caplog.text, 10.0)
-        until = time.monotonic() + 3 * LEASE  # several leases are the subject
+        until = time.monotonic() + 2 * lease  # several leases are the subject
         while time.monotonic() < until:
             assert client.exists(f"onehop:default:record:clock:{record(1).node}")
             time.sleep(0.05)

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -594,7 +595,13 @@ def test_files_for_tls_that_are_missing_are_named(stores: Stores) -> None:
         stores.connected("zookeeper://h/?ca=/nowhere")
 
 
-def test_it_speaks_tls_with_servers_that_it_can_trust(realm: str, tmp_path: Path) -> None:
+def listens(port: int) -> bool:
+    """Whether somebody listens at ``port`` of this host."""
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_it_speaks_tls_with_servers_that_it_can_trust(realm: str, tmp_path: Path, eventually: Eventually) -> None:
     store = ["-keystore", str(tmp_path / "store"), "-storetype", "PKCS12", "-storepass", "secret", "-alias", "server"]
     names = ["-dname", "CN=localhost", "-ext", "san=dns:localhost"]
     for verb in (["-genkeypair", "-keyalg", "EC", *names], ["-exportcert", "-rfc", "-file", str(tmp_path / "ca")]):
@@ -609,6 +616,7 @@ def test_it_speaks_tls_with_servers_that_it_can_trust(realm: str, tmp_path: Path
         "ssl.clientAuth": "none",
     }
     with ZooKeeper([f"{name}={value}" for name, value in options.items()]) as secure:
+        eventually(lambda: listens(port))  # a moment after it answers at the other
         stores = Stores(secure, realm)
         publisher, _ = stores.connected(f"zookeeper://localhost:{port}/?ca={tmp_path}/ca")
         publisher.publish("n1", {"clock": b"1"})

@@ -340,7 +340,10 @@ class Caller(Connector):
                 gone = isinstance(error, errors.PeerLost) and not self.protocol.receivers(terms.service, terms.server)
                 if gone and error.executed == "no" and not attempt.may_have_run:  # it withdrew as we came
                     error = attempt.no_route(self.protocol.routes, self.settings, ready)
-                self._fail(attempt, error)
+                try:
+                    self._fail(attempt, error)
+                finally:
+                    del error  # as in _fail
             if tried:
                 # Each has been tried once. Another round after a pause, or when the view changes.
                 await self._wait_for_change(self.protocol.routes, min(ready, monotonic() + attempt.pause))
@@ -358,10 +361,17 @@ class Caller(Connector):
 
     def _again(self, attempt: Attempt, error: errors.CallError) -> None:
         """Note that the route failed; returns if the request may go to another, raises ``error`` if not."""
-        terms = attempt.terms
         attempt.tried += (attempt.route,)
-        attempt.error = error
+        attempt.error = error.with_traceback(None)  # whose frames hold the attempt, and what was sent
         attempt.may_have_run |= error.executed == "unknown"
+        if not self._may_go_on(attempt, error):
+            try:
+                self._fail(attempt, error)
+            finally:
+                del error  # as in _fail
+
+    def _may_go_on(self, attempt: Attempt, error: errors.CallError) -> bool:
+        terms = attempt.terms
         idempotent = terms.idempotent
         if idempotent is None:
             # As its last record says: by now it may have none.
@@ -369,22 +379,28 @@ class Caller(Connector):
         safe = error.executed == "no" or (idempotent and error.executed == "unknown")
         now = monotonic()
         if not safe or now >= attempt.until:
-            self._fail(attempt, error)
+            return False
         # What was not sent, or refused by who leaves, makes nobody busier when it is sent to another.
         costs = error.executed == "unknown" or (isinstance(error, errors.Rejected) and error.reason == "full")
         with self.lock:
             if not costs or self.protocol.may_retry(now):
                 self.outcomes["retried"] += 1
-                return
+                return True
             self.outcomes["not retried, beyond the budget"] += 1
-        self._fail(attempt, error)
+        return False
 
     def _fail(self, attempt: Attempt, error: errors.CallError) -> NoReturn:
         if attempt.may_have_run and error.executed == "no":
             error.executed = "unknown"  # this server certainly not; one that was tried before, perhaps
         with self.lock:
             self.outcomes[type(error).__name__] += 1
-        raise error
+        attempt.error = None
+        try:
+            raise error
+        finally:
+            # This frame, which the error's traceback holds, must not hold the error: only the collector of garbage
+            # would find them, and the body that was sent, some time.
+            del error
 
     def cancel(self, link: Link, call: Call) -> bool:
         """Give ``call`` up and tell the server; False when it had ended."""
@@ -471,6 +487,7 @@ class Caller(Connector):
                     attempt.link = self._begin_link(route.peer)
                     waiting.append(parcel)
             except (errors.CallError, errors.ResourceLimit) as error:
+                error.__traceback__ = None  # as in _again
                 attempt.error = error if isinstance(error, errors.CallError) else errors.NoRoute(str(error))
         return waiting
 
@@ -491,7 +508,7 @@ class Caller(Connector):
             try:
                 await self._send_to(attempt.route, attempt, kind, flags, body)
             except errors.CallError as error:
-                attempt.error = error
+                attempt.error = error.with_traceback(None)
         return silent
 
     async def conclude(self, attempt: Attempt) -> None:
@@ -502,5 +519,5 @@ class Caller(Connector):
             try:
                 await self.outcome(attempt)
             except errors.CallError as error:
-                attempt.error = error
+                attempt.error = error.with_traceback(None)
         attempt.seconds = monotonic() - attempt.started
