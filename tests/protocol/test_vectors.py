@@ -101,6 +101,8 @@ def encode(vector: dict[str, Any]) -> wire.Frame:
             return wire.reject(id, vector["reason"], vector.get("text", ""))
         case "GOODBYE":
             return wire.goodbye(vector.get("text", ""), final=bool(flags))
+        case "PING" if "service" in vector:
+            return wire.echo(id, wire.names(*names_of(vector)))
         case _:
             return wire.pack(kind, flags, number=vector.get("items", 0), id=id)
 
@@ -128,6 +130,8 @@ def decode(message: wire.Frame) -> dict[str, Any]:
             found |= {"id": head.id, "reason": reason, "text": text}
         case "GOODBYE":
             found |= {"text": frame[wire.HEADER_SIZE :].decode()}
+        case "PING" if head.extent:
+            found |= {"id": head.id, "names": wire.split_names(wire.address(frame, head)[1])}
         case _:
             found |= {"id": head.id, "items": head.number}
     return {"kind": kind} | {key: value for key, value in found.items() if value}
