@@ -45,15 +45,13 @@ from onehop.testing.invariants import (
     Invariants,
     Trace,
 )
-from onehop.testing.link import EngineLink
+from onehop.testing.link import SLOW_TICK, EngineLink
 from onehop.testing.network import Network, VirtualRegistry
 from onehop.testing.offer import Offer, Target
 from onehop.testing.tree import VirtualTree
 
 HANDSHAKE, HURRY, RESUME, GRACE = 5.0, 1.0, 1.0, 1.0
-TICK = 0.1
-SLOW_TICK = 0.5
-PROBES = 20.0
+TICK, PROBES = 0.1, 20.0
 """Seconds, as in the real engine; PROBES is how often silent connections are looked for."""
 
 
