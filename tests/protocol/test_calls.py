@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from onehop.errors import WireError
 from onehop.protocol import wire
-from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, TAKEN, Call, CallTable
+from onehop.protocol.calls import FAILED, LOST, REJECTED, REPLIED, TAKEN, Call, CallTable, room_for
 
 
 def begun(table: CallTable, kind: int = wire.REQUEST, **details: Any) -> Call:
@@ -58,7 +58,7 @@ def test_numbers_go_on_over_a_new_table() -> None:
 
 
 def test_window_is_full_at_its_number_of_calls_and_has_room_again_when_one_ends() -> None:
-    table = CallTable(messages=2)
+    table = CallTable(room=room_for(2, 1 << 23))
     first = begun(table)
     assert not table.full(0)
     begun(table)
@@ -69,18 +69,18 @@ def test_window_is_full_at_its_number_of_calls_and_has_room_again_when_one_ends(
 
 def test_bodies_are_bounded_together_and_the_small_ones_by_their_number() -> None:
     large = wire.SECOND_FRAME_FROM
-    table = CallTable(size=4 * large)
+    table = CallTable(room=room_for(4096, 4 * large))
     begun(table, size=2 * large)
     begun(table, size=large - 1)
     assert not table.full(large)
-    table = CallTable(size=4 * large)
+    table = CallTable(room=room_for(4096, 4 * large))
     begun(table, size=3 * large)
     assert table.full(large + 1)
     assert not table.full(4 * large // 2 // 4096)
 
 
 def test_one_that_is_larger_than_all_may_be_goes_alone() -> None:
-    table = CallTable(size=1_000_000)
+    table = CallTable(room=room_for(4096, 1_000_000))
     table.begin(Call(wire.PING))
     assert not table.full(9_000_000)
     begun(table, size=9_000_000)
@@ -93,13 +93,13 @@ def test_whatever_their_size_bodies_under_way_stay_within_the_window(size: int) 
     while not table.full(size):
         begun(table, size=size)
     under_way = sum(call.size for call in table.pending.values())
-    assert under_way <= table.size
-    assert under_way > table.size - size - 65_536 or len(table.pending) == table.messages
+    assert under_way <= table.room.size
+    assert under_way > table.room.size - size - 65_536 or len(table.pending) == table.room.messages
     for _ in range(1_000):  # one comes when another ends: it goes on
         table.pending.popitem()
         assert not table.full(size)
         begun(table, size=size)
-    assert sum(call.size for call in table.pending.values()) <= table.size
+    assert sum(call.size for call in table.pending.values()) <= table.room.size
 
 
 def test_a_call_is_resumed_under_its_old_number() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from onehop.interfaces import Record
 from onehop.protocol import peers as states
 from onehop.protocol import wire
-from onehop.protocol.calls import Call
+from onehop.protocol.calls import Call, room_for
 from onehop.protocol.peers import FIRST_PAUSE, LONGEST_PAUSE, TRANSITIONS, USABLE, Peer, PeerTable
 from onehop.registry.hosts import RETURNS_A_SECOND
 
@@ -224,13 +224,13 @@ def test_peer_that_failed_is_usable_again_when_it_has_answered_and_not_before() 
 
 def test_connection_that_ends_leaves_its_calls_behind_and_the_numbers_go_on() -> None:
     peers, peer = in_state(states.READY)
-    peer.calls.bound(7, 8)
+    peer.calls.room = room_for(7, 8)
     peer.calls.late, peer.calls.load = 3, 5
     old = peer.calls
     assert [begin(peer) for _ in range(3)] == [1, 2, 3]
     peers.event(peer, states.LOST)
     assert peer.calls is not old
-    assert (peer.calls.messages, peer.calls.size, peer.calls.late) == (7, 8, 3)
+    assert (*peer.calls.room[:2], peer.calls.late) == (7, 8, 3)
     assert peer.calls.load == 0, "of what waits there now nothing is known"
     assert len(old.pending) == 3
     assert not peer.calls.pending

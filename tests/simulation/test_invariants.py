@@ -9,6 +9,7 @@ import pytest
 
 from onehop.errors import NoRoute
 from onehop.protocol import wire
+from onehop.protocol.calls import room_for
 from onehop.protocol.inbox import NEW, Request, Window
 from onehop.testing.engine import EngineLink, VirtualEngine
 from onehop.testing.invariants import InvariantBroken
@@ -306,7 +307,7 @@ def crowding(world: World) -> None:
     for _ in range(6):
         world.call(client, "echo", work=5.0, timeout=9.0)
     world.run(until=1.0)
-    next(iter(client.engine.links.values())).calls.messages = 2
+    next(iter(client.engine.links.values())).calls.room = room_for(2, 1 << 23)
     world.run(until=8.0)
 
 

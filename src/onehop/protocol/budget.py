@@ -22,13 +22,14 @@ class Budget:
     Requests are counted when a retry is asked for, by the numbers that they took: an ordinary request costs nothing.
     """
 
-    __slots__ = ("_at", "_left", "_rate", "_spent")
+    __slots__ = ("_at", "_counted", "_left", "_rate", "_spent")
 
     def __init__(self) -> None:
         self._at = float("-inf")
         self._left = FLOOR
         self._rate = FLOOR
         self._spent = 0
+        self._counted: dict[bytes, int] = {}  # the last number, of peers to which something was sent
 
     def spend(self, peers: Iterable[Peer], now: float) -> bool:
         """Whether one more request may be sent again.
@@ -38,10 +39,8 @@ class Budget:
         """
         passed = now - self._at
         if passed >= COUNTED_EVERY:
-            sent = 0
-            for peer in peers:
-                sent += peer.calls.last - peer.counted
-                peer.counted = peer.calls.last
+            before, self._counted = self._counted, {peer.id: peer.calls.last for peer in peers if peer.calls.last}
+            sent = sum(last - before.get(id, last) for id, last in self._counted.items())
             passed = min(passed, MEMORY)
             earned = max(SHARE * max(sent - self._spent, 0), FLOOR * passed)
             weight = passed / MEMORY

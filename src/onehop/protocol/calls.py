@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from onehop.errors import WireError
 from onehop.protocol import wire
@@ -66,41 +66,56 @@ class Call:
         self.size = size
 
 
+class Room(NamedTuple):
+    """What may be under way over one link; shared by all links of a node.
+
+    Attributes:
+        messages, size: calls at most, and the bytes of their bodies; one that is larger goes alone.
+        plenty, small: while fewer calls than this are under way, and for bodies up to so many bytes, there is room
+            without adding up: together they take no more than ``size``.
+    """
+
+    messages: int
+    size: int
+    plenty: int
+    small: int
+
+
+def room_for(messages: int, size: int) -> Room:
+    """The room for so many calls, and bytes of their bodies."""
+    return Room(messages, size, min(messages, size // 2 // wire.SECOND_FRAME_FROM), size // 2 // messages)
+
+
+ORDINARY = room_for(4096, 1 << 23)
+
+
 class CallTable:
     """The calls of one link, by number.
 
     Args:
         numbers: where numbers come from. It outlives the link: a peer's window knows a request by the caller's
             node id and this number, so a new link to the same peer must go on where the old one stopped.
-        messages, size: calls under way at most, and the bytes of their bodies; one that is larger goes alone.
+        room: what may be under way.
 
     Attributes:
-        plenty, small: while fewer calls than this are under way, and for bodies up to so many bytes, there is room
-            without adding up: together they take no more than ``size``.
         replies: how many came.
         load: requests that wait at the peer, as it told last.
         late: answers that came when their call had ended.
         last: the number drawn last.
     """
 
-    __slots__ = (
-        "_room", "last", "late", "load", "messages", "numbers", "pending", "plenty", "replies", "size", "small",
-    )  # fmt: skip
+    # One for each peer that is known, of which there are thousands.
+    __slots__ = ("_left", "last", "late", "load", "numbers", "pending", "replies", "room")
 
-    def __init__(self, numbers: Iterator[int] | None = None, *, messages: int = 4096, size: int = 1 << 23):
+    def __init__(self, numbers: Iterator[int] | None = None, room: Room = ORDINARY) -> None:
         self.pending: dict[int, Call] = {}
         self.numbers = numbers if numbers is not None else count(1)
-        self.bound(messages, size)
+        self.room = room
+        self._left = 0
         self.load = 0
         self.replies = 0
         self.late = 0
         self.last = 0
-
-    def bound(self, messages: int, size: int) -> None:
-        """Set what may be under way."""
-        self.messages, self.size = messages, size
-        self.plenty, self.small = min(messages, size // 2 // wire.SECOND_FRAME_FROM), size // 2 // messages
-        self._room = 0
 
     def begin(self, call: Call) -> int:
         """Register ``call`` and return its number, from which its frame is made."""
@@ -115,16 +130,17 @@ class CallTable:
 
     def full(self, size: int) -> bool:
         """Whether one more request of ``size`` bytes would pass the window."""
-        if len(self.pending) >= self.messages:
+        room, under_way = self.room, len(self.pending)
+        if under_way >= room.messages:
             return True
-        if size <= self.small or (len(self.pending) < self.plenty and size < wire.SECOND_FRAME_FROM):
+        if size <= room.small or (under_way < room.plenty and size < wire.SECOND_FRAME_FROM):
             return False
         # Added up now and then: when all that there was room for at the last time may be used up.
-        self._room -= size
-        if self._room < 0:
+        self._left -= size
+        if self._left < 0:
             sizes = [call.size for call in list(self.pending.values())]
-            self._room = self.size - sum(sizes) - size
-            if self._room < 0:
+            self._left = room.size - sum(sizes) - size
+            if self._left < 0:
                 return any(sizes)
         return False
 

@@ -12,7 +12,7 @@ from onehop.errors import ProtocolError, VersionMismatch, WireError
 from onehop.protocol import peers as states
 from onehop.protocol import wire
 from onehop.protocol.budget import Budget
-from onehop.protocol.calls import Call
+from onehop.protocol.calls import Call, room_for
 from onehop.protocol.inbox import Inbox
 from onehop.protocol.peers import Peer, PeerTable, RecordLike
 from onehop.protocol.routes import Route, Routes, in_order, offered_by
@@ -53,7 +53,7 @@ class NodeProtocol:
         self.routes = Routes(node, subset)
         self.inbox = Inbox(node, realm=realm, host=host, messages=messages, size=size, reach=reach, release=release)
         self.budget = Budget()
-        self._window = (window_messages, window_bytes)
+        self._room = room_for(window_messages, window_bytes)
 
     def learn(self, records: Iterable[RecordLike], now: float = 0.0) -> None:
         """Take in a registry's whole view."""
@@ -69,7 +69,7 @@ class NodeProtocol:
             return None
         if not peer.offered:
             self._update([peer])
-        peer.calls.bound(*self._window)
+        peer.calls.room = self._room
         return wire.hello(wire.Hello(
             self.id, peer.id, features=wire.FEATURES, first=peer.calls.last + 1,
             host=self.host, realm=self.realm, release=self.release,

@@ -91,27 +91,22 @@ class Peer:
         distance: from this node, where a subset has to be chosen: each node has its own order of all peers.
         link: the engine's connection object, or None.
         features: that it has, as it said (wire 3.1).
-        stalls: how often it came to be stalled.
-        counted: the number up to which its requests were counted (``budget.py``).
         place: how many connections the peer had with our last one, as it said; 0 where it has not.
         offered: its routes in the present picture.
     """
 
     __slots__ = (
         "calls",
-        "counted",
         "distance",
         "failures",
         "features",
         "id",
         "idempotent",
         "link",
-        "numbers",
         "offered",
         "place",
         "record",
         "rested_at",
-        "stalls",
         "state",
     )
 
@@ -121,14 +116,12 @@ class Peer:
         self.record = record
         self.idempotent: dict[str, tuple[str, ...]] = {}
         self.state = KNOWN
-        self.numbers = count(first)
-        self.calls = CallTable(self.numbers)
-        self.calls.last = self.counted = first - 1
+        self.calls = CallTable(count(first))
+        self.calls.last = first - 1
         self.link: Any = None
         self.offered: tuple[Any, ...] = ()
         self.failures = 0
         self.features = 0
-        self.stalls = 0
         self.place = 0
         self.rested_at = 0.0
 
@@ -244,8 +237,6 @@ class PeerTable:
         peer.state = state
         if state == READY:
             peer.failures = 0
-        elif state == STALLED:
-            peer.stalls += 1
         elif state == RESTING:
             if event == LOST:
                 self._lose(peer, was_ready, now)
@@ -260,12 +251,12 @@ class PeerTable:
             self.away.pop(peer.id, None)
         if event in (LOST, REPLACED, FORGOTTEN, IDLE):
             old = peer.calls
-            peer.calls = CallTable(peer.numbers, messages=old.messages, size=old.size)
+            peer.calls = CallTable(old.numbers, old.room)
             peer.calls.last, peer.calls.late = old.last, old.late
         if peer.state == GONE:
             # Its window knows our numbers for a while: should it return under this id, they must go on above them,
             # and above those that threads are drawing from the old table at this moment.
-            self._highest = max(self._highest, peer.calls.last + peer.calls.messages)
+            self._highest = max(self._highest, peer.calls.last + peer.calls.room.messages)
             self.peers.pop(peer.id, None)
         return True
 

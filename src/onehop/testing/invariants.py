@@ -515,10 +515,10 @@ class Invariants:
     def bounds(self, engine: EngineLike) -> None:
         """The tables of a node hold no more than they may: checked now and then."""
         for peer in engine.protocol.peers.peers.values():
-            if len(peer.calls.pending) > peer.calls.messages + 3:  # the hello, and what asks whether it answers
+            if len(peer.calls.pending) > peer.calls.room.messages + 3:  # the hello, and what asks whether it answers
                 self.fail(
                     f"node {engine.index} has {len(peer.calls.pending)} requests under way to node {peer.id.hex()}; "
-                    f"the window is {peer.calls.messages}"
+                    f"the window is {peer.calls.room.messages}"
                 )
             if peer.record is None and peer.link is None:
                 self.fail(f"node {engine.index} keeps node {peer.id.hex()}, which has neither record nor connection")

@@ -76,8 +76,8 @@ class Caller(Connector):
             route, link, sections = self._look_up(terms, picture)
         if (
             link is not None and route is not None and link.ready and size < wire.SECOND_FRAME_FROM
-            and ((under_way := len((calls := link.calls).pending)) < calls.plenty
-                 or (size <= calls.small and under_way < calls.messages))
+            and ((under_way := len((calls := link.calls).pending)) < (room := calls.room).plenty
+                 or (size <= room.small and under_way < room.messages))
             and (terms.monitor is None or kind != wire.REQUEST)
         ):  # fmt: skip
             section = sections.get(method) or sections.setdefault(method, terms.section(route.server, method))
