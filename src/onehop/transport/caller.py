@@ -210,6 +210,8 @@ class Caller(Connector):
             link = await self._connect(peer, attempt.until, RESUME)
         except (errors.CallError, errors.ResourceLimit):
             return False
+        if link.calls.full(call.size):  # of others' calls, which were begun meanwhile
+            return False
         again = Call(kind, attempt.until, call.size)
         attempt.take(attempt.route, link, again)
         link.calls.resume(again, call.id)
