@@ -47,7 +47,7 @@ from onehop.testing.invariants import (
 )
 from onehop.testing.link import SLOW_TICK, EngineLink
 from onehop.testing.network import Network, VirtualRegistry
-from onehop.testing.offer import Offer, Target
+from onehop.testing.offer import Offer, Target, slowed
 from onehop.testing.tree import VirtualTree
 
 HANDSHAKE, HURRY, RESUME, GRACE = 5.0, 1.0, 1.0, 1.0
@@ -547,7 +547,7 @@ class VirtualEngine:
             target.busy += 1
             entry = self.invariants.entry_of(self, request)
             seconds = self.clock.random.expovariate(1 / target.offer.work) if entry.work is None else entry.work
-            self.clock.after(seconds * self.slowness, self._handled, (target, request, entry))
+            self.clock.after(slowed(seconds, self.slowness), self._handled, (target, request, entry))
 
     def come_to(self) -> None:
         """The handlers that hung come to their end."""

@@ -442,8 +442,8 @@ class Invariants:
     def _is_excused(self, entry: Entry) -> None:
         """A request that failed between nodes that nothing befell: there must be another reason."""
         since = self._began_at(entry)
-        if not self.is_well(entry.caller, since) or (entry.parent is not None and entry.parent.asked):
-            return  # what a relay says depends on the relay
+        if not self.is_well(entry.caller, since) or _is_relayed(entry):
+            return
         node = entry.asked[-1][0] if entry.asked else b""
         asked = next((engine for engine in self.engines if engine.protocol.id == node), None)
         error = entry.error
@@ -499,7 +499,7 @@ class Invariants:
             for engine in self.engines
             if not engine.is_over and self.is_well(engine.index, now)
             for entry in engine.under_way.values()
-            if entry.asked and entry.asked[-1][0] == of.protocol.id and not entry.idempotent
+            if entry.asked and entry.asked[-1][0] == of.protocol.id and not (entry.idempotent or _is_relayed(entry))
         ]
         if waiting:
             self._clock.after(within + GRACE, self._heard, (of, waiting, now))
@@ -582,6 +582,11 @@ class Invariants:
 
 ENTRY_NUMBER = struct.Struct("<Q")
 REPLY_BODY = struct.Struct("<Q16s")
+
+
+def _is_relayed(entry: Entry) -> bool:
+    """Whether it is a part of a fan-out that goes by relays: what becomes of it, its caller hears of the relay."""
+    return entry.parent is not None and bool(entry.parent.asked)
 
 
 def _against_route(peer: Peer, service: str, server: str, *, is_fan_out: bool = False) -> str:

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from onehop.protocol.inbox import Request
 
+SLOWEST = 30.0
+"""Seconds beyond which nothing that slows a process down drags a handler: worlds come to rest at last."""
+
 
 class Offer(NamedTuple):
     """A service that a node offers.
@@ -33,3 +36,8 @@ class Target:
 
     def __len__(self) -> int:
         return len(self.tasks)
+
+
+def slowed(seconds: float, slowness: float) -> float:
+    """How long a handler takes that takes ``seconds`` where nothing slows it down; see :data:`SLOWEST`."""
+    return max(seconds, min(seconds * slowness, SLOWEST))
