@@ -444,7 +444,8 @@ class Invariants:
         since = self._began_at(entry)
         if not self.is_well(entry.caller, since) or _is_relayed(entry):
             return
-        node = entry.asked[-1][0] if entry.asked else b""
+        last = entry.asked[-1][0] if entry.asked else b""
+        node = entry.route.peer.id if entry.route is not None else last  # it may have failed before it could be asked
         asked = next((engine for engine in self.engines if engine.protocol.id == node), None)
         error = entry.error
         if asked is not None and not asked.is_over and self.is_well(asked.index, since):
@@ -468,11 +469,14 @@ class Invariants:
         return last.time + entry.work + REPLY_TAKES < self._clock.now
 
     def _offering(self, entry: Entry, since: float) -> EngineLike | None:
-        """Somebody whom nothing befell, whom the caller of ``entry`` knew, and who offers what it asked for."""
+        """Somebody whom nothing befell, whom the caller knew and did not ask, and who offers what is asked for."""
+        asked = {node for node, _ in entry.asked}  # who was asked had a reason, which is judged where it is told
         caller = next(each for each in reversed(self.engines) if each.index == entry.caller)
         for engine in self.engines:
             peer = caller.protocol.peers.peers.get(engine.protocol.id)
             if peer is None or peer.record is None or engine.is_over or not self.is_well(engine.index, since):
+                continue
+            if engine.protocol.id in asked:
                 continue
             servers = peer.record.services.get(entry.service, ())
             if entry.server in servers if entry.server else servers:
