@@ -589,8 +589,9 @@ REPLY_BODY = struct.Struct("<Q16s")
 
 
 def _is_relayed(entry: Entry) -> bool:
-    """Whether it is a part of a fan-out that goes by relays: what becomes of it, its caller hears of the relay."""
-    return entry.parent is not None and bool(entry.parent.asked)
+    """Whether it is a fan-out that goes by relays, or a part of one: what becomes of it, its caller hears of them."""
+    whole = entry.parent or entry
+    return whole.kind == "fanout" and bool(whole.asked)
 
 
 def _against_route(peer: Peer, service: str, server: str, *, is_fan_out: bool = False) -> str:
