@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -205,13 +205,29 @@ class Runner:
 
 
 class Incoming:
-    """One request taken in by a :class:`Listener`, to be answered or done with."""
+    """One request taken in by a :class:`Listener`, to be answered or done with.
 
-    __slots__ = ("_request", "_settings")
+    Args:
+        begun: what is to be told once that it waits for nobody any more; see :meth:`begin`.
+    """
 
-    def __init__(self, request: Request, settings: Settings) -> None:
+    __slots__ = ("_begun", "_request", "_settings")
+
+    def __init__(self, request: Request, settings: Settings, begun: Callable[[Request], None] | None = None) -> None:
         self._request = request
         self._settings = settings
+        self._begun = begun
+
+    def begin(self) -> bool:
+        """Whoever is to run it begins; what ``ahead`` of :meth:`Node.listen` counts. To answer it tells as much.
+
+        Returns:
+            Whether to run it: False where nobody waits for its answer any more, as :attr:`given_up` says.
+        """
+        begun, self._begun, request = self._begun, None, self._request
+        if begun is not None:
+            begun(request)
+        return not (request.kind == wire.REQUEST and expired(request))
 
     @property
     def id(self) -> str:
@@ -291,10 +307,13 @@ class Incoming:
         if request.answered:
             return
         request.answered = True
+        if self._begun is not None:
+            self.begin()
         request.target.inbound.answer(request, frame if request.kind == wire.REQUEST else None)
 
     def requeue(self) -> None:
         """Put it back at the end of its listener's queue."""
+        self.begin()
         request = self._request
         if not request.answered and not request.target.put(request):
             request.target.inbound.interrupt()  # whoever polls for it may be the one who leads

@@ -114,6 +114,33 @@ def serve(topic: str = "compute", server: str = "host-1", url: str = "zmq://") -
 
 
 @program
+def hang(server: str = "host-1", threads: str = "2") -> None:
+    """Serve with few threads; after the line "hang" every one of them waits, until the line "go on"."""
+    from oslo_config import cfg
+
+    free = threading.Event()
+    free.set()
+
+    class Hanging(Endpoint):
+        def pid(self, ctxt: Any) -> int:
+            time.sleep(0.05)
+            free.wait()
+            return os.getpid()
+
+    messaging = oslo()
+    messenger = messaging.get_rpc_transport(cfg.ConfigOpts(), "zmq://")
+    made = server_of(messenger, "compute", server, Hanging())
+    made.start(override_pool_size=int(threads))
+    say({"ready": os.getpid()})
+    while (told := hear()) in ("hang", "go on"):
+        (free.set if told == "go on" else free.clear)()
+        say(told)
+    free.set()
+    made.stop()
+    made.wait()
+
+
+@program
 def fork_workers(used: str = "no") -> None:
     """Make (and perhaps use) the transports, then fork workers that serve, as conductor and scheduler do.
 

@@ -590,6 +590,24 @@ def test_heartbeats_end_with_the_connection(talk: Any) -> None:
     assert talk.inbox.timer() is None
 
 
+def test_heartbeats_end_when_the_caller_gives_up_though_the_handler_runs_on(talk: Any) -> None:
+    call = talk.request(now=0.0, monitor=4.0)
+    talk.carry(wire.pack(wire.CANCEL, id=1))
+    talk.inbox.handle_timer(2.0)
+    assert not talk.inbox.outgoing
+    assert talk.inbox.timer() is None
+    assert call.signs == 0
+
+
+def test_heartbeats_end_at_the_deadline(talk: Any) -> None:
+    talk.request(now=0.0, monitor=4.0, remaining=3.0)
+    talk.inbox.handle_timer(2.0)
+    talk.carry_back()
+    talk.inbox.handle_timer(4.0)
+    assert not talk.inbox.outgoing
+    assert talk.inbox.timer() is None
+
+
 def test_request_without_monitor_gets_no_heartbeat(talk: Any) -> None:
     talk.request()
     assert talk.inbox.timer() is None

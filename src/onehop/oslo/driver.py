@@ -14,7 +14,7 @@ from oslo_messaging.transport import TransportURL
 from onehop import errors
 from onehop.oslo import options, payload
 from onehop.oslo.core import CORES, Core, Sending
-from onehop.oslo.listener import Notification, PollListener, Request
+from onehop.oslo.listener import AHEAD, Notification, PollListener, Request
 
 CALL_TIMEOUT = 60.0  # of a call that names none, which oslo.messaging's client never makes
 NOTIFY = "notify:"  # topics of notifications are none of RPC's
@@ -157,7 +157,7 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
     def listen(self, target: Target, batch_size: int, batch_timeout: float | None, **_: Any) -> base.Listener:
         """See the base class. Other processes see the server when this returns."""
         service = service_name("", target.exchange or self._default_exchange, target.topic)
-        listener = self.core.node.listen(service, server=target.server)
+        listener = self.core.node.listen(service, server=target.server, ahead=AHEAD)
         return base.PollStyleListenerAdapter(PollListener(listener, Request), batch_size, batch_timeout)
 
     def listen_for_notifications(

@@ -14,6 +14,8 @@ from onehop import Incoming, Listener, errors
 from onehop.oslo import payload
 
 LOG = logging.getLogger(__name__)
+AHEAD = 64
+"""Requests that wait for a thread in oslo.messaging's queue, which has no bound of its own; the others wait in ours."""
 
 
 class NotRun(Exception):
@@ -29,12 +31,12 @@ class Request(base.RpcIncomingMessage):  # type: ignore[misc]
         self.client_timeout = incoming.monitor
 
     def acknowledge(self) -> None:
-        """Nothing is left to acknowledge: the sender knew when this process took the request in.
+        """A thread of oslo.messaging's has taken it. The sender knew before, when this process took the request in.
 
         Raises:
             NotRun: the request waited here until its caller gave up; oslo.messaging skips it then.
         """
-        if self._incoming.given_up:
+        if not self._incoming.begin():
             self._incoming.done()
             raise NotRun(f"{self.message.get('method')!r} is not run: its caller gave up while it waited for a thread")
 

@@ -541,7 +541,9 @@ class Inbox:
     def handle_timer(self, now: float) -> None:
         """Heartbeats that are due for monitored requests, and probes of silent connections."""
         for request, due in list(self._beats.items()):
-            if due <= now and request.monitor is not None:
+            if self.expired(request, now):
+                del self._beats[request]  # its handler may run on, but nobody waits for it
+            elif due <= now and request.monitor is not None:
                 self.outgoing.append((request.identity, wire.pack(wire.PROGRESS, id=request.id)))
                 self._beats[request] = now + max(request.monitor / 2, SHORTEST_BEAT)
         for identity, sender in self.senders.items():

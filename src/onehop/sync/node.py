@@ -97,14 +97,18 @@ class Node:
         """
         return Server(self, checked_name(service, server), server or self.settings.host_name, handler, workers)
 
-    def listen(self, service: str | Sequence[str], *, server: str = "") -> Listener:
+    def listen(self, service: str | Sequence[str], *, server: str = "", ahead: int | None = None) -> Listener:
         """Offer ``service`` (or several as one) without handlers: the caller polls for requests and answers them.
 
         Args:
             server: the name of this instance; the host's name where empty.
+            ahead: for who polls in one thread and runs in others: so many requests at most are polled and wait for one
+                of those, which says :meth:`Incoming.begin`. The others stay where their callers may give them up, and
+                while none begins, callers prefer other servers. None where to poll a request is to begin it.
         """
         names = (service,) if isinstance(service, str) else tuple(service)
-        return Listener(self, tuple(checked_name(name, server) for name in names), server or self.settings.host_name)
+        checked = tuple(checked_name(name, server) for name in names)
+        return Listener(self, checked, server or self.settings.host_name, ahead)
 
     # Calling --------------------------------------------------------------------------------------
 

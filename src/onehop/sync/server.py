@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from onehop.errors import SettingsError
+from onehop.protocol import wire
+from onehop.protocol.inbox import Request
 from onehop.serving import Incoming, Runner, expired
 from onehop.transport.blocking import BlockingEngine, run
 from onehop.transport.queue import Queue
+from onehop.transport.waiting import new_lock
 
 if TYPE_CHECKING:
     from onehop.sync.node import Node
+    from onehop.transport.inbound import Inbound
+
+
+UNCOUNTED = sys.maxsize
 
 
 class Server:
@@ -61,11 +69,13 @@ class Server:
 class Listener:
     """One instance of one or more services whose requests are polled. Made by :meth:`Node.listen`."""
 
-    def __init__(self, node: Node, services: tuple[str, ...], name: str) -> None:
+    def __init__(self, node: Node, services: tuple[str, ...], name: str, ahead: int | None) -> None:
         self.services = services
         self.name = name
         self._engine: BlockingEngine | None = node._core()
         self._queue = Queue()
+        self._most = UNCOUNTED if ahead is None else ahead
+        self._count_anew()
         for service in services:
             self._engine.offer(service, name, self._queue, (), receiver=False)
         node._servers.add(self)
@@ -85,19 +95,70 @@ class Listener:
         until = float("inf") if timeout is None else monotonic() + timeout
         found: list[Incoming] = []
         while len(found) < limit:
-            # Only the first is waited for.
-            request = engine.inbound.take(self._queue, until if not found else 0.0)
+            wait_until = until if not found else 0.0  # only the first is waited for
+            if self._polled >= self._most and not self._may_take(engine.inbound, wait_until):
+                break
+            request = engine.inbound.take(self._queue, wait_until)
             if request is None:
                 break
-            if expired(request):
+            if request.kind == wire.PING:
+                self._answer_echo(engine.inbound, request)
+            elif expired(request):
                 engine.inbound.refuse(request, "expired")
-            else:
+            elif self._most == UNCOUNTED:
                 found.append(Incoming(request, engine.settings))
+            else:
+                with self._counting:
+                    self._polled += 1
+                found.append(Incoming(request, engine.settings, self._note_begun))
         return found
+
+    def _count_anew(self) -> None:
+        self._counting = new_lock()
+        self._polled = 0  # requests that were polled and have not begun, where they are counted
+        self._echoes: list[Request] = []
+        self._begun = Queue()  # where polls that may take no more wait, and receive meanwhile: what has begun
+        self._held = 0  # such polls
+
+    def _may_take(self, inbound: Inbound, until: float) -> bool:
+        """Wait until half of what may be ahead has begun, so that polls go on for a while then."""
+        while True:
+            with self._counting:
+                if self._polled <= self._most // 2 or self._queue.stopped:
+                    return True
+                self._begun.tasks.clear()
+                self._held += 1
+            came = inbound.take(self._begun, until)
+            with self._counting:
+                self._held -= 1
+            if came is None and not self._queue.stopped:
+                return False
+
+    def _answer_echo(self, inbound: Inbound, echo: Request) -> None:
+        """An echo asks whether workers take requests: while some of ours wait for one, the next that begins tells."""
+        with self._counting:
+            if self._polled:
+                self._echoes.append(echo)
+                return
+        inbound.refuse(echo, "expired")
+
+    def _note_begun(self, request: Request) -> None:
+        engine = self._engine
+        with self._counting:
+            self._polled -= 1
+            echoes, self._echoes = self._echoes, []
+            is_awaited = self._held and self._polled <= self._most // 2
+        if engine is None or engine.inbound is None:
+            return
+        for each in echoes:
+            engine.inbound.refuse(each, "expired")
+        if is_awaited and not self._begun.put(request):
+            engine.inbound.interrupt()
 
     def stop(self) -> None:
         """Withdraw: nothing more comes, and :meth:`poll` waits no more. May be called twice."""
         if self._engine is not None:
+            self._begun.stop()
             self._engine.withdraw(self._queue)
 
     def close(self) -> None:
@@ -114,3 +175,4 @@ class Listener:
     def _after_fork(self) -> None:
         self._engine = None
         self._queue = Queue()
+        self._count_anew()
