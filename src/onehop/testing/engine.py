@@ -549,7 +549,7 @@ class VirtualEngine:
             seconds = self.clock.random.expovariate(1 / target.offer.work) if entry.work is None else entry.work
             self.clock.after(slowed(seconds, self.slowness), self._handled, (target, request, entry))
 
-    def come_to(self) -> None:
+    def come_to(self, _: None = None) -> None:
         """The handlers that hung come to their end."""
         self.hung = False
         stuck, self.stuck = self.stuck, []

@@ -313,7 +313,7 @@ class World:
         if what == STOPPED:
             self._go_on(node, engine)
         elif what == HUNG:
-            engine.come_to()
+            engine.clock.at(engine.clock.now, engine.come_to)  # which waits while the process is stopped
         elif what == SLOW:
             engine.slowness = 1.0
         elif what == LATE:
