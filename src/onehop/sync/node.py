@@ -102,9 +102,9 @@ class Node:
 
         Args:
             server: the name of this instance; the host's name where empty.
-            ahead: for who polls in one thread and runs in others: so many requests at most are polled and wait for one
-                of those, which says :meth:`Incoming.begin`. The others stay where their callers may give them up, and
-                while none begins, callers prefer other servers. None where to poll a request is to begin it.
+            ahead: for who polls in one thread, and no more than one, and runs in others: so many requests at most are
+                polled and wait for one of those, which says :meth:`Incoming.begin`. The rest stay where their callers
+                may give them up, and while none begins, callers prefer other servers. None where to poll is to begin.
         """
         names = (service,) if isinstance(service, str) else tuple(service)
         checked = tuple(checked_name(name, server) for name in names)

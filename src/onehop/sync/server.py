@@ -96,7 +96,7 @@ class Listener:
         found: list[Incoming] = []
         while len(found) < limit:
             wait_until = until if not found else 0.0  # only the first is waited for
-            if self._polled >= self._most and not self._may_take(engine.inbound, wait_until):
+            if self._polled - self._began >= self._most and not self._may_take(engine.inbound, wait_until):
                 break
             request = engine.inbound.take(self._queue, wait_until)
             if request is None:
@@ -108,36 +108,32 @@ class Listener:
             elif self._most == UNCOUNTED:
                 found.append(Incoming(request, engine.settings))
             else:
-                with self._counting:
-                    self._polled += 1
+                self._polled += 1
                 found.append(Incoming(request, engine.settings, self._note_begun))
         return found
 
     def _count_anew(self) -> None:
         self._counting = new_lock()
-        self._polled = 0  # requests that were polled and have not begun, where they are counted
+        self._polled = self._began = 0  # of what is counted; the first is the polling thread's
         self._echoes: list[Request] = []
-        self._begun = Queue()  # where polls that may take no more wait, and receive meanwhile: what has begun
-        self._held = 0  # such polls
+        self._begun = Queue()  # where a poll that may take no more waits, and receives meanwhile: what has begun
+        self._is_held = False
 
     def _may_take(self, inbound: Inbound, until: float) -> bool:
         """Wait until half of what may be ahead has begun, so that polls go on for a while then."""
         while True:
             with self._counting:
-                if self._polled <= self._most // 2 or self._queue.stopped:
+                self._is_held = self._polled - self._began > self._most // 2 and not self._queue.stopped
+                if not self._is_held:
                     return True
                 self._begun.tasks.clear()
-                self._held += 1
-            came = inbound.take(self._begun, until)
-            with self._counting:
-                self._held -= 1
-            if came is None and not self._queue.stopped:
+            if inbound.take(self._begun, until) is None and not self._queue.stopped:
                 return False
 
     def _answer_echo(self, inbound: Inbound, echo: Request) -> None:
         """An echo asks whether workers take requests: while some of ours wait for one, the next that begins tells."""
         with self._counting:
-            if self._polled:
+            if self._polled > self._began:
                 self._echoes.append(echo)
                 return
         inbound.refuse(echo, "expired")
@@ -145,9 +141,9 @@ class Listener:
     def _note_begun(self, request: Request) -> None:
         engine = self._engine
         with self._counting:
-            self._polled -= 1
+            self._began += 1
             echoes, self._echoes = self._echoes, []
-            is_awaited = self._held and self._polled <= self._most // 2
+            is_awaited = self._is_held and self._polled - self._began <= self._most // 2
         if engine is None or engine.inbound is None:
             return
         for each in echoes:
