@@ -158,12 +158,7 @@ class Core:
             if messages > self.options["outbox_messages"] or size > self.options["outbox_bytes"]:
                 return self._drop(sending, f"{self._messages} messages of {self._bytes} bytes are held already")
             if not self._running:
-                self._running = True
-                try:
-                    self._start_delivery()
-                except BaseException:
-                    self._running = False
-                    raise
+                self._start_delivery()
             # Behind the start, which may fail: until the lock is free, the thread does not find the outbox empty.
             self._messages += 1
             self._bytes += len(sending.body)
@@ -176,9 +171,11 @@ class Core:
             self.node.on_change(wake.set)
             self._wake = wake
         thread = threading.Thread(target=self._deliver_held, name="onehop-outbox", daemon=True)
+        self._running = True  # before: a signal handler may send, and come here
         try:
             thread.start()
         except RuntimeError as error:
+            self._running = False
             raise errors.NoThread.told(thread.name, error) from None
 
     def _deliver_held(self) -> None:

@@ -609,4 +609,5 @@ class Inbound:
             self._send([])
             self._closed = True
             self.socket.close(linger)
+        self._wake.close()
         return True

@@ -268,6 +268,7 @@ class LoopEngine(Engine):
         """End everything from outside of the loop, which has ended, or stands still, or runs in another thread."""
         if self.loop.is_closed():
             self.closed = True
+            self._wake.close()
             self._ended_links += self._links.values()
             self._links.clear()
             for link in self._ended_links:
@@ -347,6 +348,7 @@ class LoopEngine(Engine):
             if timer is not None:
                 timer.cancel()
         self.loop.remove_reader(self._wake.fd)
+        self._wake.close()
         if self.inbound is not None and self.inbound.socket.arrivals_fd >= 0:
             self.loop.remove_reader(self.inbound.socket.arrivals_fd)
         if self.inbound is not None and self.inbound.led_by_loop:
