@@ -311,7 +311,10 @@ class LoopEngine(Engine):
         self._leading = False
         if self.inbound is None or self.closed:
             return
-        pause = self.inbound.lead()
+        try:
+            pause = self.inbound.lead()
+        except Exception as error:  # it may have eaten the edge of what came: nothing would call for the next round
+            pause = self.inbound.note_broken_round(error)
         if pause == 0.0:
             self.lead_soon()
         elif pause != FOREVER and self._again_at is None:
