@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,3 +67,30 @@ def test_exploration_plays_many_worlds(run: Callable[..., Any]) -> None:
     assert "4 worlds of 5 nodes" in told.out
     assert "no promise was broken" in told.out
     assert (listed.json["done"], listed.json["first"], listed.json["last"], listed.json["broken"]) == (4, 1, 4, [])
+
+
+def players(pid: int) -> int:
+    """How many processes of that one have been begun to play."""
+    found = 0
+    for each in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((each / "stat").read_text().rpartition(")")[2].split()[1])
+            found += parent == pid and b"spawn_main" in (each / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            pass
+    return found
+
+
+@pytest.mark.parametrize("begun", [1, 6])
+def test_interrupt_of_all_processes_ends_an_exploration_with_what_was_found(
+    start: Callable[..., subprocess.Popen[str]], eventually: Callable[..., None], begun: int
+) -> None:
+    """As at a terminal, where Ctrl-C goes to all of them, be they ever so young."""
+    options = ("--explore", 100_000, "--nodes", 5, "--seconds", 1, "--processes", 6)
+    process = start("simulate", *options)
+    eventually(lambda: players(process.pid) >= begun, within=60.0)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    assert "worlds of 5 nodes" in out
+    assert "no promise was broken" in out

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,20 @@ def test_a_plan_leaves_one_server_alone_at_any_time_and_is_over_before_the_end(s
     for fault in faults:
         assert fault.at >= plan.CALM
         assert fault.at + fault.seconds <= 60.0 - plan.CALM
-        out = [other.server for other in faults if other.at <= fault.at < other.at + other.seconds]
+        assert (fault.server == plan.NO_SERVER) == (fault.kind == plan.REGISTRY)
+    outages = [fault for fault in faults if fault.kind == plan.REGISTRY]
+    for each, after in pairwise(outages):
+        assert each.at + each.seconds <= after.at
+    for index, fault in enumerate(faults):
+        # Who is started again while the registry is out is not known before it is back.
+        ends = [fault.at + fault.seconds]
+        if fault.kind in plan.RESTARTS:
+            ends += [
+                each.at + each.seconds for each in outages if each.at < ends[0] and fault.at < each.at + each.seconds
+            ]
+        faults[index] = fault._replace(seconds=max(ends) - fault.at)
+    for fault in faults:
+        out = [each.server for each in faults if each.at <= fault.at < each.at + each.seconds and each.server >= 0]
         assert len(out) == len(set(out)) < 3
 
 
@@ -80,6 +94,38 @@ def test_a_ledger_that_does_not_balance_is_told_and_fails(
     assert "The ledger does not balance" in out
     assert "it was run 2 times: call caller-1:" in err.splitlines()[-1]
     assert "run it again with --seed 3" in err.splitlines()[-1]
+
+
+def test_outage_of_the_registry_fails_nothing_in_either_face(run: Callable[..., Any]) -> None:
+    options = ("--fault", "registry", "--seed", 3, "--seconds", 8, "--callers", 2, "--asyncio", 1)
+    ended = run("chaos", *options, "--rate", 100, "--json")
+    assert (ended.code, ended.json["breaches"], ended.json["errors"]) == (0, [], {}), ended
+    assert [each["kind"] for each in ended.json["plan"]] == ["registry"]
+    assert ended.json["plan"][0]["seconds"] >= 1.0
+    assert ended.json["asyncio"] == ["caller-1"]
+    assert ended.json["requests"] > 400
+
+
+def test_servers_that_die_while_the_registry_is_out_are_found_again(run: Callable[..., Any]) -> None:
+    options = ("--fault", "registry", "--fault", "kill", "--fault", "roll", "--seed", 4, "--seconds", 12)
+    ended = run("chaos", *options, "--rate", 100, "--callers", 2, "--asyncio", 2, "--json")
+    assert (ended.code, ended.json["breaches"]) == (0, []), ended
+    assert {"registry", "kill"} <= {each["kind"] for each in ended.json["plan"]}
+
+
+def test_callers_in_a_loop_are_drawn_from_the_seed_and_no_more_than_there_are(run: Callable[..., Any]) -> None:
+    assert plan.in_a_loop(7, 10, 4) == plan.in_a_loop(7, 10, 4) != plan.in_a_loop(8, 10, 4)
+    assert plan.in_a_loop(7, 3, 3) == [0, 1, 2]
+    ended = run("chaos", "--asyncio", 2)
+    assert (ended.code, ended.sentence) == (2, "--asyncio 2: there are 1 callers; give more (--callers)")
+
+
+def test_outage_of_the_registry_is_for_one_host_with_redis(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "do not go together" in run("chaos", "--hosts", "--fault", "registry").sentence
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "needs redis-server" in run("chaos", "--fault", "registry").sentence
 
 
 def test_faults_between_hosts_need_hosts(run: Callable[..., Any]) -> None:

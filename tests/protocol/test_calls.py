@@ -349,20 +349,54 @@ def test_items_arrive_in_order_and_each_is_a_sign_of_life() -> None:
     assert call.outcome == REPLIED
 
 
-def test_item_beyond_what_was_asked_for_is_refused_until_more_is_asked_for() -> None:
+def item(call: Call, number: int) -> wire.Frame:
+    return wire.answer(wire.ITEM, 0, call.id, b"%d" % number, number=number & 0xFFFF_FFFF)
+
+
+def test_item_beyond_what_was_asked_for_ends_the_stream_behind_those_that_were() -> None:
     table = CallTable()
     call = stream(table, 1)
-    item = wire.answer(wire.ITEM, 0, call.id, b"x")
-    receive(table, item)
-    assert call.items is not None
-    call.items.popleft()
-    with pytest.raises(WireError, match="asked for no more items"):
-        receive(table, item)
-    assert not call.items
-    assert call.signs == 1
+    receive(table, item(call, 0))
+    assert receive(table, item(call, 1)) == [call]
+    assert (call.outcome, call.body) == (LOST, "item 1 of the stream came, which was not asked for")
+    assert call.items == deque([b"0"])
     call.granted += 1
-    receive(table, item)
-    assert len(call.items) == 1
+    assert receive(table, item(call, 1)) == []
+    assert (call.items, table.late) == (deque([b"0"]), 1)
+
+
+def test_item_behind_a_missing_one_ends_the_stream_and_says_which() -> None:
+    table = CallTable()
+    call = stream(table, 8)
+    receive(table, item(call, 0))
+    assert receive(table, item(call, 2)) == [call]
+    assert (call.outcome, call.body) == (LOST, "item 2 of the stream came, item 1 is missing")
+    assert call.items == deque([b"0"])
+    assert receive(table, item(call, 1)) == []  # out of order: too late
+    assert receive(table, reply(call, b"", wire.STREAM)) == []
+    assert (call.outcome, table.late) == (LOST, 2)
+
+
+@pytest.mark.parametrize("granted", [2, 8])
+def test_item_that_came_before_is_dropped_and_counted_and_the_stream_goes_on(granted: int) -> None:
+    table = CallTable()
+    call = stream(table, granted)
+    frames: list[Any] = [(item(call, each), None) for each in (0, 0, 1, 0, 1)]
+    assert table.receive_all(frames, [], []) == 3
+    assert (call.items, call.signs, call.outcome) == (deque([b"0", b"1"]), 2, None)
+
+
+def test_position_of_an_item_begins_anew_behind_the_largest_number() -> None:
+    table = CallTable()
+    call = stream(table, 1 << 40)
+    call.arrived = 0xFFFF_FFFF
+    receive(table, item(call, 0xFFFF_FFFF))
+    with pytest.raises(WireError, match="item 4294967295 of call 1 came before"):
+        receive(table, item(call, 0xFFFF_FFFF))
+    receive(table, item(call, 1 << 32))
+    assert call.items == deque([b"%d" % 0xFFFF_FFFF, b"%d" % (1 << 32)])
+    receive(table, item(call, (1 << 32) + 3))
+    assert call.body == f"item {(1 << 32) + 3} of the stream came, item {(1 << 32) + 1} is missing"
 
 
 def test_item_for_a_call_that_is_no_stream_is_refused() -> None:

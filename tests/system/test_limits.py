@@ -292,6 +292,61 @@ sys.stdin.read()
     assert node.call("clock", "read") > 0
 
 
+def test_cast_that_is_to_be_held_fails_without_a_thread_and_the_next_one_is_held_and_sent(
+    start: Callable[..., Any],
+) -> None:
+    program = start(
+        FEW_THREADS
+        + """
+import warnings
+warnings.simplefilter("ignore")  # eventlet, where it is installed, warns of itself
+import oslo_messaging
+from oslo_config import cfg
+from oslo_messaging.rpc.client import ClientSendError
+
+def transport():
+    return oslo_messaging.get_rpc_transport(cfg.ConfigOpts(), "zmq://")
+
+taken = []
+
+class Endpoint:
+    def note(self, ctxt, value):
+        taken.append(value)
+
+target = oslo_messaging.Target(topic="compute", server="host-1")
+sending = transport()
+client = oslo_messaging.get_rpc_client(sending, target)
+client.cast({}, "note", value=0)  # the node's own threads; then the one of the outbox has to end
+server = oslo_messaging.get_rpc_server(transport(), target, [Endpoint()])
+server.start()
+until = time.monotonic() + 20.0
+while "onehop-outbox" in [each.name for each in threading.enumerate()] and time.monotonic() < until:
+    time.sleep(0.01)
+server.stop()
+server.wait()
+while sending._driver.core.node.servers() and time.monotonic() < until:
+    time.sleep(0.01)
+scarce()
+for value in (1, 2):
+    try:
+        client.cast({}, "note", value=value)
+    except ClientSendError as error:
+        assert "the machine gives no thread for onehop-outbox" in str(error) and "ulimit -u" in str(error), error
+    else:
+        raise AssertionError("it is held, and nobody will send it")
+assert not sending._driver.core.held
+plenty()
+client.cast({}, "note", value=3)
+server = oslo_messaging.get_rpc_server(transport(), target, [Endpoint()])
+server.start()
+while len(taken) < 2 and time.monotonic() < until:
+    time.sleep(0.01)
+print("taken", *taken, flush=True)
+"""
+    )
+    assert program.line() == "taken 0 3"
+
+
 # Memory -------------------------------------------------------------------------------------------
 
 FEW_BYTES = """

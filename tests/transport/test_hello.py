@@ -308,3 +308,39 @@ def test_credit_and_cancel_for_nothing_change_nothing(stranger: Stranger, servin
     stranger.say(wire.pack(wire.PING, id=3))
     assert wire.header(stranger.hear())[::4] == (wire.PONG, 3)
     assert serving.statistics().taken == 0
+
+
+@pytest.fixture(params=["blocking", "asyncio"])
+def reader(request: pytest.FixtureRequest, open_portal: Any, make_node: Callable[..., Node]) -> Iterator[Any]:
+    """A node of each face."""
+    if request.param == "blocking":
+        yield make_node(timeout=20.0)
+        return
+    with open_portal() as portal:
+        node = portal.node(timeout=20.0)
+        yield node
+        node.close()
+
+
+def test_stream_with_a_missing_item_ends_with_what_is_missing_and_the_server_is_told(
+    false_server, reader, eventually
+) -> None:
+    def answer(frame: bytes) -> list[bytes]:
+        if wire.kind_of(frame) == wire.HELLO:
+            return [hello()]
+        if wire.kind_of(frame) == wire.CREDIT:
+            id = wire.header(frame).id
+            items = [wire.answer(wire.ITEM, 0, id, bytes([number]), number=number) for number in (0, 1, 1, 3, 2)]
+            return [*items, wire.answer(wire.REPLY, wire.STREAM, id, b"\xc0")]  # type: ignore[list-item]
+        return []
+
+    server = false_server(answer)
+    stream = reader.stream("clock", "count")
+    assert [next(stream), next(stream)] == [0, 1]
+    with pytest.raises(PeerLost, match="item 3 of the stream came, item 2 is missing") as caught:
+        next(stream)
+    assert caught.value.executed == "unknown"
+    eventually(lambda: wire.CANCEL in [wire.kind_of(frame) for frame in server.received])
+    (peer,) = reader.statistics().peers
+    assert (peer.bad_frames, peer.late) == (1, 2)
+    assert peer.state == "ready"

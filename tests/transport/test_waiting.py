@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import pytest
@@ -83,3 +84,43 @@ def test_wake_gives_its_descriptor_back() -> None:
     for _ in range(10):
         Wake()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_closed_wake_never_writes_to_what_gets_its_number_next(background) -> None:
+    for _ in range(50):
+        wake = Wake()
+        begun, ended = threading.Event(), threading.Event()
+
+        def set_often(wake: Wake = wake, begun: threading.Event = begun, ended: threading.Event = ended) -> None:
+            while not ended.is_set():
+                wake.set()
+                begun.set()
+
+        setting = [background(set_often) for _ in range(2)]
+        assert begun.wait(10.0)
+        number = wake.fd
+        wake.close()
+        others = []
+        while number not in others:  # a thread that was about to set it gives it back
+            others.append(os.eventfd(0, os.EFD_NONBLOCK))
+            assert len(others) < 10_000
+        wake.set()
+        ended.set()
+        for each in setting:
+            each.result()
+        for each in others:
+            with pytest.raises(BlockingIOError):  # nothing was written
+                os.eventfd_read(each)
+            os.close(each)
+
+
+def test_wait_of_a_closed_wake_ends_in_time() -> None:
+    other = os.eventfd(1, os.EFD_NONBLOCK)
+    wake = Wake(other)
+    wake.close()
+    wake.close()
+    wake.clear()
+    began = time.monotonic()
+    wake.wait(0.05)
+    assert time.monotonic() - began >= 0.05
+    os.close(other)

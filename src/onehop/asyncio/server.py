@@ -77,7 +77,17 @@ class Server:
         running = request.waiter = _Running(self._engine, request)
         context = self._context.copy()
         context.run(serving.set, request)
-        task = running.task = self._engine.loop.create_task(self._serve(request, running), context=context)
+        steps = self._serve(request, running)
+        try:
+            task = running.task = self._engine.loop.create_task(steps, context=context)
+        except Exception as error:  # of a task factory, which is the program's
+            steps.close()
+            request.waiter = None
+            frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(self._queue))
+            self._queue.inbound.put(request, frame if request.kind == wire.REQUEST else None)
+            if request.kind == wire.CAST:
+                self._runner.note_failed(request, error)
+            return
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import ExitStack
 from enum import StrEnum
@@ -36,6 +37,9 @@ def chaos(
     fault: Annotated[
         list[Fault] | None, typer.Option(metavar="KIND", help="Only faults of this kind; may be given several times.")
     ] = None,
+    in_loop: Annotated[
+        int, typer.Option("--asyncio", min=0, metavar="N", help="So many of the callers use the asyncio face.")
+    ] = 0,
     over: Annotated[
         str, typer.Option(metavar="MODULE:CLASS", help="Run over other Messages of onehop.testing.chaos.programs.")
     ] = "onehop.testing.chaos.programs:Onehop",
@@ -47,11 +51,16 @@ def chaos(
     Servers are killed (kill), stopped (pause), restarted in order (roll), or all their workers wait for a lock
     (hang). With --hosts, their hosts are cut off both ways (cut) or one way (one-way), lose packets (lossy) or lose
     their power (power). One server at least is left alone at any time.
+    With --fault registry, a Redis server of the run's own is the registry, on this host alone; it is killed, and
+    comes back without what it knew.
     Every call, idempotent call and cast stands in the ledger, with its outcome and each of its executions; exit
     code 1 if it does not balance.
     """
     kinds = checked(fault, hosts)
     faults = plan.draw(seed, seconds, servers, kinds)
+    if in_loop > callers:
+        raise SettingsError(f"--asyncio {in_loop}: there are {callers} callers; give more (--callers)")
+    loops = plan.in_a_loop(seed, callers, in_loop)
     directory = Path(ledger) if ledger else None
     if directory is not None and directory.exists():
         raise SettingsError(f"--ledger {ledger}: it exists; name a directory that does not")
@@ -68,8 +77,10 @@ def chaos(
             except (HostsUnavailable, ValueError) as error:
                 raise SettingsError(f"--hosts cannot be had: {error}") from error
         say(f"starting {servers} servers and {callers} callers; {len(faults)} faults in {seconds:g} s, seed {seed}")
+        job: dict[str, Any] = {"rate": rate, "seed": seed, "over": over}
+        own = plan.REGISTRY in kinds
         cluster = end.enter_context(
-            Cluster(servers, callers, hosts=machines, directory=directory, rate=rate, seed=seed, over=over)
+            Cluster(servers, callers, hosts=machines, directory=directory, in_loop=loops, registry=own, **job)
         )
         follow(cluster, faults, seconds, say)
         say("the load ends; waiting for what is under way")
@@ -77,6 +88,7 @@ def chaos(
         report = {
             "seed": seed,
             "plan": [each._asdict() for each in faults],
+            "asyncio": [f"caller-{place + 1}" for place in loops],
             **figures.report(found, cluster.outages, cluster.began),
         }
     if as_json:
@@ -92,13 +104,17 @@ def checked(wanted: list[Fault] | None, hosts: bool) -> list[str]:
     """The kinds of faults there are to be.
 
     Raises:
-        SettingsError: one of them needs test hosts, and there are none.
+        SettingsError: one of them needs test hosts, and there are none; or a Redis server, or must not have test hosts.
     """
-    possible = plan.FAULTS if hosts else plan.ON_ONE_HOST
-    kinds = [str(each) for each in wanted or possible]
+    usual = {**plan.ON_ONE_HOST, **(plan.BETWEEN_HOSTS if hosts else {})}
+    kinds = [str(each) for each in wanted or usual]
     for each in kinds:
-        if each not in possible:
+        if each in plan.BETWEEN_HOSTS and not hosts:
             raise SettingsError(f"--fault {each} needs --hosts; without there are {', '.join(plan.ON_ONE_HOST)}")
+        if each == plan.REGISTRY and hosts:
+            raise SettingsError("--fault registry and --hosts do not go together: test hosts have a registry of theirs")
+        if each == plan.REGISTRY and shutil.which("redis-server") is None:
+            raise SettingsError("--fault registry needs redis-server, which is not to be found: install it")
     return kinds
 
 

@@ -148,19 +148,35 @@ class Core:
     # --- holding
 
     def _hold(self, sending: Sending) -> None:
+        """Keep the message for the thread of the outbox.
+
+        Raises:
+            NoThread: the machine gives none; the message is not held, and the next one tries again.
+        """
         with self._lock:
             messages, size = self._messages + 1, self._bytes + len(sending.body)
             if messages > self.options["outbox_messages"] or size > self.options["outbox_bytes"]:
                 return self._drop(sending, f"{self._messages} messages of {self._bytes} bytes are held already")
-            self._messages, self._bytes = messages, size
+            if not self._running:
+                self._start_delivery()
+            # Behind the start, which may fail: until the lock is free, the thread does not find the outbox empty.
+            self._messages += 1
+            self._bytes += len(sending.body)
             self.held.setdefault(sending[:2], deque()).append(sending)
-            start, self._running = not self._running, True
-        if start:
-            if self._wake is None:
-                self._wake = threading.Event()
-                self.node.on_change(self._wake.set)
-            threading.Thread(target=self._deliver_held, name="onehop-outbox", daemon=True).start()
         return None
+
+    def _start_delivery(self) -> None:
+        if self._wake is None:
+            wake = threading.Event()
+            self.node.on_change(wake.set)
+            self._wake = wake
+        thread = threading.Thread(target=self._deliver_held, name="onehop-outbox", daemon=True)
+        self._running = True  # before: a signal handler may send, and come here
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._running = False
+            raise errors.NoThread.told(thread.name, error) from None
 
     def _deliver_held(self) -> None:
         assert self._wake is not None

@@ -202,7 +202,7 @@ class CallTable:
             WireError: the frame breaks the wire format. Nothing has changed.
         """
         try:
-            kind, flags, extent, _number, id = wire.HEADER.unpack_from(frame)
+            kind, flags, extent, number, id = wire.HEADER.unpack_from(frame)
         except wire.TOO_SHORT:
             raise WireError(f"a frame of {len(frame)} bytes; the header alone takes {wire.HEADER_SIZE}") from None
         if kind < wire.FIRST_FOR_CALLS:
@@ -239,8 +239,16 @@ class CallTable:
                 self.late += 1
                 return True
             if kind == wire.ITEM:
-                if call.items is None or call.arrived >= call.granted:
-                    raise WireError(f"an item for call {id}, which asked for no more items")
+                if call.items is None:
+                    raise WireError(f"an item for call {id}, which is no stream")
+                ahead = (number - call.arrived) & 0xFFFF_FFFF
+                if ahead >> 31:
+                    raise WireError(f"item {number} of call {id} came before")
+                if ahead or call.arrived >= call.granted:
+                    # No item after it can be given to the reader, nor the end, as if nothing were wrong (wire 3.6).
+                    wrong = f"item {call.arrived} is missing" if ahead else "which was not asked for"
+                    self._end(id, None, LOST, f"item {call.arrived + ahead} of the stream came, {wrong}", moved)
+                    return True
                 call.arrived += 1
                 call.items.append(frame[wire.HEADER_SIZE :] if body is None else body)
             call.signs += 1

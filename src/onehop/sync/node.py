@@ -67,7 +67,11 @@ class Node:
                 engine = BlockingEngine(self.settings, *parts_of(self.settings, self._network), RELEASE)
                 for callback in self._callbacks:
                     engine.on_change(callback)
-                engine.start()
+                try:
+                    engine.start()
+                except BaseException:  # it may be tried again, and again
+                    engine.close()
+                    raise
                 self._engine = engine
             return self._engine
 

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.pool import Pool
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -90,11 +90,23 @@ class Search:
         Args:
             tell: called after each seed.
         """
+        # Held back while processes begin, and from what they inherit: Ctrl-C goes to all of them, and one that has not
+        # come to _leave_interrupts would die of it. The tracker is begun before, since that lets interrupts through.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._run(tell, before)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return list(self.found.values())
+
+    def _run(self, tell: Callable[[Progress], None], mask: Iterable[int]) -> None:
         begun = time.monotonic()
         # A process of its own for each, not a fork: this one may have threads.
         with get_context("spawn").Pool(self._processes, _leave_interrupts) as pool:  # whose end terminates them
             seeds, under_way = iter(self.seeds), 0
             try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 while True:
                     for seed in islice(seeds, FEW * self._processes - under_way):
                         self._submit(pool, _played, seed, *self._what)
@@ -113,7 +125,6 @@ class Search:
                         self.found[result[0]] = self.found[result[0]]._replace(shortest=result[1])
             except KeyboardInterrupt:
                 self.is_interrupted = True
-        return list(self.found.values())
 
     def _submit(self, pool: Pool, what: Callable[..., Any], *arguments: Any) -> None:
         put = self._results.put

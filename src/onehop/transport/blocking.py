@@ -234,7 +234,10 @@ class BlockingLink(Link):
         if not acquire(self._lead, PATIENCE):
             return False
         try:
-            return self._give_back(linger)
+            if not self._give_back(linger):
+                return False
+            self._wake.close()
+            return True
         finally:
             self._lead.release()
 
@@ -374,8 +377,12 @@ class BlockingEngine(Engine):
         self._watch.discard(link.socket.monitor_fd)
 
     def _stop_keeping(self) -> None:
-        if self._keeper is not None and self._keeper is not threading.current_thread():
-            self._keeper.join(5.0)
+        keeper = self._keeper
+        if keeper is not None and keeper is not threading.current_thread():
+            keeper.join(5.0)
+        if keeper is None or not keeper.is_alive():
+            self._wake.close()
+            self._watch.close()
 
     def forget(self) -> None:
         super().forget()

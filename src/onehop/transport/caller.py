@@ -316,6 +316,8 @@ class Caller(Connector):
                 self._fail(attempt, attempt.timed_out())  # the housekeeping came before us
             if call.outcome == REJECTED and call.body[0] == "hello first":
                 self._lost(attempt.route.peer, link, "it does not know this connection any more")
+            if call.items is not None and call.outcome == LOST:  # an item was missing: the server may go on
+                link.post(None, wire.pack(wire.CANCEL, id=call.id))
             raise attempt.failure()
 
     async def _find(self, attempt: Attempt) -> Route:

@@ -356,18 +356,19 @@ class Inbound:
                 try:
                     leads = self._receive(None, FOREVER)
                 except Exception as error:  # no memory, perhaps: a node whose receiver is gone would be deaf
-                    self._note_pause(error)
+                    time.sleep(self.note_broken_round(error))
         finally:
             if leads:
                 self._lead.release()
 
-    def _note_pause(self, error: Exception) -> None:
+    def note_broken_round(self, error: Exception) -> float:
+        """Count, and log ever more rarely, that a round of the leader broke; seconds after which it is to go on."""
         what = "rounds of receiving that broke"
         self.counts[what] += 1
         if self.counts[what].bit_count() == 1:  # ever more rarely: it may go on for long
             with suppress(Exception):
                 log.error("to receive failed for the %d. time; it goes on", self.counts[what], exc_info=error)
-        time.sleep(HELD_UP)
+        return HELD_UP
 
     def _run_lent(self) -> bool:
         """Run the lone request of a quick method; False where it held up the receiver so long that another one leads.
@@ -609,4 +610,5 @@ class Inbound:
             self._send([])
             self._closed = True
             self.socket.close(linger)
+        self._wake.close()
         return True

@@ -268,6 +268,7 @@ class LoopEngine(Engine):
         """End everything from outside of the loop, which has ended, or stands still, or runs in another thread."""
         if self.loop.is_closed():
             self.closed = True
+            self._wake.close()
             self._ended_links += self._links.values()
             self._links.clear()
             for link in self._ended_links:
@@ -310,7 +311,10 @@ class LoopEngine(Engine):
         self._leading = False
         if self.inbound is None or self.closed:
             return
-        pause = self.inbound.lead()
+        try:
+            pause = self.inbound.lead()
+        except Exception as error:  # it may have eaten the edge of what came: nothing would call for the next round
+            pause = self.inbound.note_broken_round(error)
         if pause == 0.0:
             self.lead_soon()
         elif pause != FOREVER and self._again_at is None:
@@ -347,6 +351,7 @@ class LoopEngine(Engine):
             if timer is not None:
                 timer.cancel()
         self.loop.remove_reader(self._wake.fd)
+        self._wake.close()
         if self.inbound is not None and self.inbound.socket.arrivals_fd >= 0:
             self.loop.remove_reader(self.inbound.socket.arrivals_fd)
         if self.inbound is not None and self.inbound.led_by_loop:

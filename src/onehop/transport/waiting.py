@@ -11,6 +11,7 @@ import os
 import select
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from onehop.errors import NoThread
@@ -78,6 +79,12 @@ class Watch:
         if self._watched.pop(descriptor, None) is not None and self._epoll is not None:
             self._epoll.unregister(descriptor)
 
+    def close(self) -> None:
+        """Give the descriptors back; what is added from now on is not waited for. Nobody may be waiting."""
+        if self._epoll is not None:
+            self._epoll.close()
+            self._epoll = None
+
     def wait(self, seconds: float) -> list[tuple[int, Any]]:
         """Those that are readable, and whose they are, after at most ``seconds``."""
         if self.shares:
@@ -97,10 +104,12 @@ class Wake:
         native: the compiled functions, where they may wait here: not under green threads.
     """
 
-    __slots__ = ("_beside", "_poller", "fd", "native")
+    __slots__ = ("_beside", "_open", "_poller", "_setting", "fd", "native")
 
     def __init__(self, beside: int = -1) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._open = [self.fd]
+        self._setting: list[None] = []
         self._beside = beside
         self._poller: Any = None
         self.native: Any = native if hasattr(select, "poll") else None
@@ -122,7 +131,7 @@ class Wake:
         if self._poller is not None:
             ready = self._poller.poll(milliseconds)
         else:
-            both = (self._beside, self.fd) if self._beside >= 0 else (self.fd,)
+            both = [fd for fd in (self._beside, self.fd) if fd >= 0]
             ready = [(fd, 0) for fd in select.select(both, (), (), milliseconds / 1000)[0]]
         for fd, _ in ready:
             if fd == self.fd:
@@ -132,16 +141,37 @@ class Wake:
         """Take back what :meth:`set` did, if anything."""
         try:
             os.eventfd_read(self.fd)
-        except BlockingIOError:
+        except (BlockingIOError, ValueError):  # it was not set, or is closed
             pass
 
     def set(self) -> None:
-        """End the wait under way, or the next one."""
-        os.eventfd_write(self.fd, 1)
+        """End the wait under way, or the next one; nothing after :meth:`close`. From any thread."""
+        setting = self._setting
+        setting.append(None)
+        if (fd := self.fd) >= 0:  # looked at after close() can see us
+            os.eventfd_write(fd, 1)
+        setting.pop()
+        if self.fd < 0:
+            self._give_back()
+
+    def close(self) -> None:
+        """Give the descriptor back. Nobody may be waiting; a later wait ends by its time alone. May be called twice.
+
+        Who is about to set it must not write to whatever gets the number next: where somebody is, the last of them
+        gives the descriptor back.
+        """
+        self.fd = self._beside = -1
+        self._poller = None
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if not self._setting:
+            with suppress(IndexError):  # another thread has, or did so before
+                os.close(self._open.pop())
 
     def __del__(self) -> None:
-        # Not before: another thread may be about to set it, and would write to whatever got the number next.
-        os.close(self.fd)
+        for fd in getattr(self, "_open", ()):  # none where there was no descriptor for it
+            os.close(fd)
 
 
 def start_thread(name: str, target: Any, *arguments: Any) -> threading.Thread:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
@@ -29,6 +32,9 @@ START_LIMIT, END_LIMIT = 60.0, 30.0
 LOSS, DELAY = 0.2, 0.2
 PROGRAM = (sys.executable, "-m", "onehop.testing.chaos.programs")
 HOSTS_IN_THE_URL = 5
+IN_LOOP = "onehop.testing.chaos.programs:OnehopInLoop"
+REGISTRY_PORTS = range(15_000, 32_000)
+"""Outside the ephemeral range: no connection takes the port while the registry is down."""
 
 
 class Program:
@@ -110,6 +116,14 @@ class Program:
         return lines[-1] if lines else "it said nothing"
 
 
+def free_port() -> int:
+    """A port of this host at which nobody listens."""
+    while True:
+        port = random.choice(REGISTRY_PORTS)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 class Cluster:
     """Servers ``server-1`` and so on, and callers ``caller-1`` and so on; gone when the block ends, however it ends.
 
@@ -118,6 +132,8 @@ class Cluster:
         hosts: test hosts: one for each server, then one or more for the callers. None for this host alone.
         directory: where the ledger is left; a temporary one by default.
         serve: a command that serves :class:`onehop.testing.chaos.programs.Handlers` instead of our own program.
+        in_loop: which callers, counted from 0, use onehop's asyncio face.
+        registry: whether a Redis server of its own is the registry, which :data:`plan.REGISTRY` needs.
         job: fields of each process's :class:`onehop.testing.chaos.programs.Job`.
     """
 
@@ -129,6 +145,8 @@ class Cluster:
         hosts: Hosts | None = None,
         directory: Path | None = None,
         serve: Sequence[str] = (),
+        in_loop: Collection[int] = (),
+        registry: bool = False,
         **job: Any,
     ) -> None:
         self._temporary = Path(tempfile.mkdtemp(prefix="oh-chaos-", dir="/tmp"))  # sockets need short paths
@@ -147,9 +165,25 @@ class Cluster:
             listed = ",".join(each.address for each in hosts[:HOSTS_IN_THE_URL])
             self._job.setdefault("url", f"hosts://{listed}/")
         self._ended: list[Program] = []
+        self._in_loop = in_loop
+        self._registry: Program | None = None
+        self._registry_port = 0
+        if registry:
+            self._registry_port = free_port()
+            self._job |= {
+                "url": f"redis://127.0.0.1:{self._registry_port}/",
+                "settings": {
+                    "insecure": True,
+                    "address": "127.0.0.1",
+                    "cache_directory": str(self._temporary / "cache"),
+                    **self._job.get("settings", {}),
+                },
+            }
 
     def __enter__(self) -> Self:
         try:
+            if self._registry_port:
+                self._begin_registry()
             self.servers = [self._server(place) for place in range(self._counts[0])]
             for each in self.servers:
                 each.wait_ready()
@@ -162,7 +196,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in [*self.callers, *self.servers, *self._ended]:
+        for each in [*self.callers, *self.servers, *self._ended, *filter(None, [self._registry])]:
             each.end()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -183,7 +217,19 @@ class Cluster:
     def _caller(self, place: int) -> Program:
         host = None if self.hosts is None else self.hosts[self._counts[0] + place % (len(self.hosts) - self._counts[0])]
         rate = self._job.get("rate", 100.0) / self._counts[1]
-        return self._start("caller", f"caller-{place + 1}", host, rate=rate, seed=self._job.get("seed", 0) + place)
+        face = {"over": IN_LOOP} if place in self._in_loop else {}
+        seed = self._job.get("seed", 0) + place
+        return self._start("caller", f"caller-{place + 1}", host, rate=rate, seed=seed, **face)
+
+    def _begin_registry(self) -> None:
+        """Start it; returns when it listens."""
+        self._registry = self._start("registry", "registry", None)
+        until = monotonic() + START_LIMIT
+        while self._registry.process.poll() is None and monotonic() < until:
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self._registry_port), 1.0):
+                return
+            sleep(0.01)
+        raise OnehopError(f"the registry did not start: {self._registry.last_words()}")
 
     def start_server(self, place: int) -> Program:
         """Start the server again, in the place of one that has ended; does not wait until it is ready."""
@@ -285,6 +331,8 @@ class Cluster:
 
     def begin(self, kind: str, place: int) -> Callable[[], None]:
         """A fault of that kind begins; returns what ends it."""
+        if kind == plan.REGISTRY:
+            return self._begin_outage_of_registry()
         server = self.servers[place]
         if kind in (plan.KILL, plan.ROLL):
             if kind == plan.KILL:
@@ -312,6 +360,19 @@ class Cluster:
             self.over(number)
 
         return release
+
+    def _begin_outage_of_registry(self) -> Callable[[], None]:
+        if self._registry is None:
+            raise OnehopError(f"the fault {plan.REGISTRY!r} needs a registry of the cluster's own")
+        self.note(f"registry (pid {self._registry.pid}): {plan.KILL}")
+        self._registry.end()
+
+        def restart() -> None:
+            self._begin_registry()
+            assert self._registry is not None
+            self.note(f"registry (pid {self._registry.pid}): started again")
+
+        return restart
 
     def _begin_between_hosts(self, kind: str, place: int, number: int) -> Callable[[], None]:
         hosts = self.hosts

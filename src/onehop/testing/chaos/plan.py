@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 KILL, PAUSE, HANG, ROLL = "kill", "pause", "hang", "roll"
 CUT, ONE_WAY, LOSSY, POWER = "cut", "one-way", "lossy", "power"
+REGISTRY = "registry"
 ON_ONE_HOST = {
     KILL: "kill -9; started again",
     PAUSE: "SIGSTOP; SIGCONT",
@@ -20,12 +21,16 @@ BETWEEN_HOSTS = {
     LOSSY: "a fifth of what its host sends and hears is lost, the rest is 200 ms late",
     POWER: "its host loses its power; started again with it",
 }
-FAULTS = {**ON_ONE_HOST, **BETWEEN_HOSTS}
+OF_THE_REGISTRY = {REGISTRY: "kill -9; started again without what it knew"}
+FAULTS = {**ON_ONE_HOST, **BETWEEN_HOSTS, **OF_THE_REGISTRY}
+RESTARTS = (KILL, ROLL, POWER)
+"""What ends a server: the next one is not known before it stands in the registry."""
+NO_SERVER = -1
 CALM = 1.5
 """Seconds without a fault at the beginning, between two at one server, and at the end."""
 BETWEEN = (0.5, 2.0)
 """Seconds between the beginnings of two faults."""
-LASTING = {KILL: (0.2, 1.0), PAUSE: (0.5, 8.0), HANG: (0.5, 8.0), ROLL: (0.0, 0.5)}
+LASTING = {KILL: (0.2, 1.0), PAUSE: (0.5, 8.0), HANG: (0.5, 8.0), ROLL: (0.0, 0.5), REGISTRY: (1.0, 6.0)}
 LASTING_BETWEEN_HOSTS = (1.0, 9.0)
 
 
@@ -35,7 +40,7 @@ class Fault(NamedTuple):
     Attributes:
         at: seconds after the load began.
         kind: of :data:`FAULTS`.
-        server: whom it strikes, counted from 0.
+        server: whom it strikes, counted from 0; NO_SERVER where it strikes the registry.
         seconds: how long it lasts.
     """
 
@@ -46,7 +51,8 @@ class Fault(NamedTuple):
 
     def told(self) -> str:
         """For people."""
-        return f"{self.at:7.2f} s  server-{self.server + 1}: {FAULTS[self.kind]}, for {self.seconds:.2f} s"
+        whom = "registry" if self.server == NO_SERVER else f"server-{self.server + 1}"
+        return f"{self.at:7.2f} s  {whom}: {FAULTS[self.kind]}, for {self.seconds:.2f} s"
 
 
 def draw(seed: int, seconds: float, servers: int, kinds: Sequence[str]) -> list[Fault]:
@@ -60,6 +66,7 @@ def draw(seed: int, seconds: float, servers: int, kinds: Sequence[str]) -> list[
     """
     drawn = random.Random(seed)
     free = [CALM] * servers
+    registry_free = CALM
     plan: list[Fault] = []
     at = CALM
     while True:
@@ -69,8 +76,19 @@ def draw(seed: int, seconds: float, servers: int, kinds: Sequence[str]) -> list[
         server = drawn.randrange(servers)
         if at + lasts + CALM > seconds:
             return plan
+        over = at + lasts + CALM
         others = [until for place, until in enumerate(free) if place != server]
-        if free[server] <= at and (servers == 1 or min(others) <= at):
+        if kind == REGISTRY:
+            if registry_free <= at:
+                plan.append(Fault(round(at, 3), kind, NO_SERVER, round(lasts, 3)))
+                registry_free = over
+                free = [until if until <= at else max(until, over) for until in free]
+        elif free[server] <= at and (servers == 1 or min(others) <= at):
             plan.append(Fault(round(at, 3), kind, server, round(lasts, 3)))
-            free[server] = at + lasts + CALM
+            free[server] = max(over, registry_free) if kind in RESTARTS else over
         at += drawn.uniform(*BETWEEN)
+
+
+def in_a_loop(seed: int, callers: int, number: int) -> list[int]:
+    """Which of the callers, counted from 0, use the asyncio face: ``number`` of them. The same seed gives the same."""
+    return sorted(random.Random(seed).sample(range(callers), number))

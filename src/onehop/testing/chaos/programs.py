@@ -7,6 +7,7 @@ closed, so none outlives the run. A server ends in order at SIGTERM.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import os
@@ -15,16 +16,18 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from importlib import import_module
 from itertools import count
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 
 import onehop
+import onehop.asyncio
 from onehop.testing.ledger import AGAIN, CALL, CAST, FAILED, REPLIED, TAKEN, VERBS, Pendulum, Writer
 
 SERVICE = "chaos"
@@ -105,8 +108,7 @@ class Onehop:
     """The programs over onehop itself."""
 
     def __init__(self, job: Job) -> None:
-        settings = {**job.settings, "registry": job.url} if job.url else job.settings
-        self._node = onehop.Node(**settings)
+        self._node = onehop.Node(**settings_of(job))
         self._client = self._node.client(SERVICE)
         self._workers = job.workers
 
@@ -134,6 +136,51 @@ class Onehop:
 
     def close(self) -> None:
         self._node.close()
+
+
+class OnehopInLoop:
+    """The programs over onehop's asyncio face: its loop runs in a thread, and others have it do what they wait for."""
+
+    def __init__(self, job: Job) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="chaos-loop", daemon=True).start()
+        self._node = onehop.asyncio.Node(**settings_of(job))
+        self._client = self._node.client(SERVICE)
+        self._workers = job.workers
+
+    def _do(self, steps: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(steps, self._loop).result()
+
+    def serve(self, name: str, methods: Mapping[str, Callable[..., Any]]) -> Callable[[], bool]:
+        self._do(self._node.serve(SERVICE, dict(methods), server=name, workers=self._workers))
+        return lambda: bool(self._do(self._node.drain()))
+
+    def wait_for(self, servers: int) -> None:
+        if not self._do(self._node.wait_for(SERVICE, count=servers)):
+            raise onehop.NoRoute(
+                f"there are no {servers} servers of {SERVICE!r} within {self._node.settings.timeout} s"
+            )
+
+    def call(self, method: str, *arguments: Any, timeout: float) -> Any:
+        return self._do(self._client.options(timeout=timeout).call(method, *arguments))
+
+    def cast(self, method: str, *arguments: Any, timeout: float) -> None:
+        self._do(self._client.options(timeout=timeout).cast(method, *arguments))
+
+    def executed(self, error: Exception) -> str:
+        return error.executed if isinstance(error, onehop.CallError) else "no"
+
+    def counts(self) -> dict[str, Any]:
+        return dict(msgspec.to_builtins(self._node.statistics()))
+
+    def close(self) -> None:
+        self._do(self._node.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """onehop's settings for that job."""
+    return {**job.settings, "registry": job.url} if job.url else job.settings
 
 
 def die_with_parent() -> None:
@@ -371,11 +418,18 @@ def churn(job: Job) -> None:
     os._exit(0)
 
 
+def registry(job: Job) -> None:
+    """Become the Redis server of the job's URL, which keeps nothing on the disk."""
+    words = ("--bind", "127.0.0.1", "--port", str(urlsplit(job.url).port), "--save", "", "--appendonly", "no")
+    os.execvp("redis-server", ["redis-server", *words])
+
+
 def main() -> None:
     """One process: the role, and its :class:`Job` as JSON."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started us, who then closes our input
-    {"server": server, "caller": caller, "churn": churn}[sys.argv[1]](msgspec.json.decode(sys.argv[2], type=Job))
+    roles = {"server": server, "caller": caller, "churn": churn, "registry": registry}
+    roles[sys.argv[1]](msgspec.json.decode(sys.argv[2], type=Job))
 
 
 if __name__ == "__main__":

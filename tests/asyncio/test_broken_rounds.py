@@ -1,0 +1,103 @@
+"""What breaks a round of receiving in the loop: it is told once, and the next round goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+
+from onehop import CallTimeout, RemoteError
+from onehop.protocol import wire
+from onehop.testing.memory import MemoryCarrier, Network
+from onehop.transport.carrier import InboundSocket
+
+
+class FaultyInbound(InboundSocket):
+    """An inbound end that breaks once, where it is told to."""
+
+    def __init__(self, inner: InboundSocket) -> None:
+        self.fd, self.endpoints = inner.fd, inner.endpoints
+        self.breaks_at = ""
+        self.send_large, self.close = inner.send_large, inner.close  # type: ignore[method-assign]
+        self._inner = inner
+
+    def _may_break(self, at: str) -> None:
+        if self.breaks_at == at:
+            self.breaks_at = ""
+            raise OSError("out of order")
+
+    def send(self, identity: bytes, frame: bytes) -> bool:
+        if wire.kind_of(frame) == wire.REPLY:
+            self._may_break("send")
+        return self._inner.send(identity, frame)
+
+    def drain(self, limit: int, into: list[Any]) -> bool:
+        more = self._inner.drain(limit, into)
+        if into:
+            self._may_break("drain")
+        return more
+
+
+class FaultyCarrier(MemoryCarrier):
+    """A carrier, as a program may give one, whose inbound ends may break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inbound: list[FaultyInbound] = []
+
+    def bind(self, *endpoints: str) -> InboundSocket:
+        self.inbound.append(FaultyInbound(super().bind(*endpoints)))
+        return self.inbound[-1]
+
+
+@pytest.fixture
+def network() -> Network:
+    made = Network()
+    made.carrier = FaultyCarrier()
+    return made
+
+
+async def double(value: int) -> int:
+    return 2 * value
+
+
+@pytest.mark.parametrize(("at", "lost"), [("send", 1), ("drain", 0)])
+async def test_round_that_breaks_takes_nothing_from_others_and_is_told_once(
+    zmq_node: Any, network: Any, caplog: pytest.LogCaptureFixture, at: str, lost: int
+) -> None:
+    serving = zmq_node(network=network)
+    await serving.serve("clock", {"double": double})
+    client = zmq_node(network=network).client("clock", timeout=3.0)
+    assert await client.call("double", 1) == 2
+    (inbound,) = network.carrier.inbound
+    with caplog.at_level(logging.ERROR, "onehop"):
+        inbound.breaks_at = at
+        found = await asyncio.gather(*(client.call("double", each) for each in range(10)), return_exceptions=True)
+    answered = [each for each in found if isinstance(each, int)]
+    assert len(answered) == 10 - lost
+    assert all(isinstance(each, CallTimeout) and each.executed == "unknown" for each in found if each not in answered)
+    assert serving.statistics().dropped["rounds of receiving that broke"] == 1
+    (record,) = caplog.records
+    assert (record.getMessage(), record.exc_info[0]) == ("to receive failed for the 1. time; it goes on", OSError)
+    assert await client.call("double", 4) == 8
+
+
+async def test_task_that_cannot_be_made_for_a_handler_is_an_error_of_that_call(zmq_node: Any) -> None:
+    await zmq_node().serve("clock", {"double": double})
+    client = zmq_node().client("clock", timeout=20.0)
+    assert await client.call("double", 1) == 2
+
+    def refuse(*_arguments: Any, **_keywords: Any) -> Any:
+        raise OSError("no tasks today")
+
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(refuse)
+    try:
+        with pytest.raises(RemoteError, match="no tasks today") as caught:
+            await client.call("double", 2)
+    finally:
+        loop.set_task_factory(None)
+    assert caught.value.type == "OSError"
+    assert await client.call("double", 3) == 6
