@@ -33,6 +33,7 @@ from tests.registry.servers import Redis
 from tests.system.over_oslo import NAMED
 from tests.system.rows import NOISY, ONLY_CALLS, WORK
 
+from onehop.cli.demo import terminated_as_interrupted
 from onehop.testing.chaos import figures, plan
 from onehop.testing.chaos.cluster import Cluster
 from onehop.testing.ledger import FAILED, REPLIED, Ledger
@@ -105,10 +106,11 @@ class Broker:
 @contextmanager
 def redis() -> Iterator[Middle]:
     directory = tempfile.mkdtemp(prefix="oh-", dir="/tmp")
+    server = Redis()
     try:
-        with Redis() as server:
-            yield Registry(server, directory)
+        yield Registry(server.start(), directory)
     finally:
+        server.close()
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -442,7 +444,8 @@ def main() -> None:
 
     say(f"{given.rounds * len(SIDES) * len(FAULTS)} parts of {given.seconds:g} s and some more")
     try:
-        found = compare(load, given.rounds, SIDES, FAULTS, say)
+        with terminated_as_interrupted():
+            found = compare(load, given.rounds, SIDES, FAULTS, say)
     except KeyboardInterrupt:
         sys.exit("interrupted; everything that was started has been ended")
     text = f"{circumstances(load, given.rounds, found)}\n\n{table(found)}"

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.system import compared
-from tests.system.compared import CLOSING, MIDDLE, OPENING, RABBIT, SERVER, SPAN, ZMQ, Load, Part, back, replaced
+from tests.system.compared import (
+    CLOSING,
+    MIDDLE,
+    OPENING,
+    RABBIT,
+    SERVER,
+    SERVERS,
+    SPAN,
+    ZMQ,
+    Load,
+    Part,
+    back,
+    replaced,
+)
 from tests.system.rows import BACK
 
 from onehop.testing.ledger import CALL, REPLIED, Ledger, read
@@ -40,6 +56,36 @@ def test_kills_that_rabbitmq_and_we_have_in_common_cost_our_callers_nothing_unsa
     (broker,) = found[RABBIT, MIDDLE]
     assert broker.away is not None
     assert broker.worst > broker.away - compared.AWAY - 1.0
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process; one that has only not been collected by its parent is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_ends_what_it_started_when_it_is_ended(
+    eventually: Callable[..., None], number: signal.Signals
+) -> None:
+    program = [sys.executable, "-m", "tests.system.compared", "--seconds", "12"]
+    running = subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        eventually(lambda: len(children(running.pid)) > SERVERS, within=60.0)  # the registry, and the servers
+        started = children(running.pid)
+        running.send_signal(number)
+        _, told = running.communicate(timeout=60.0)
+    finally:
+        running.kill()
+    assert running.returncode == 1
+    assert "interrupted" in told
+    eventually(lambda: not any(map(runs, started)))
 
 
 # What the figures are made of -----------------------------------------------------------------------
