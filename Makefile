@@ -9,7 +9,7 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 HOSTS := $(if $(filter 0,$(shell id -u)),--onehop-require-hosts)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oslo lint soak fuzz storms explore bench bench-quick bench-simulator clean
+.PHONY: help demo test test-oslo lint soak compare fuzz storms explore bench bench-quick bench-simulator clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -41,6 +41,10 @@ SECONDS ?= 1800
 
 soak: $(STAMP)  ## half an hour of load and churn, then the long forms of what must be survived: build/soak
 	@$(BIN)/python -m tests.system.soak --seconds $(SECONDS) --out build/soak
+
+compare: $(STAMP)  ## the same kills over rabbit:// and over zmq://, about 20 min: the table that opens docs/reliability
+	@bash tests/system_packages.sh
+	@$(BIN)/python -m tests.system.compared --write docs/reliability/index.md
 
 fuzz: $(STAMP)  ## a million fuzzed frames, 10 MB/s of garbage, a million requests that come up to three times; 15 min
 	@$(BIN)/python tests/fuzz/flood.py --frames 1000000 --seconds 60

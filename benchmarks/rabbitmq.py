@@ -2,6 +2,8 @@
 
     with RabbitMQ() as broker:
         ... broker.url, broker.pid ...
+        broker.kill()
+        broker.restart()
 
 Nothing of the system's configuration is read and no broker that runs already is touched. Needs the Debian package
 ``rabbitmq-server`` (or a RabbitMQ in the PATH).
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import glob
 import os
+import random
 import shutil
 import signal
 import socket
@@ -47,13 +50,19 @@ def find_server() -> str:
 
 
 class RabbitMQ:
-    """One broker on 127.0.0.1. Attributes ``url`` (an oslo.messaging transport URL) and ``pid`` are set by start()."""
+    """One broker on 127.0.0.1. Attributes ``url`` (an oslo.messaging transport URL) and ``pid`` are set by start().
+
+    ``pid`` is that of the Erlang VM, which is the broker, and another one after a restart.
+    """
 
     def __init__(self) -> None:
         self.url = ""
         self.pid = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._home = Path()
+        self._port = 0
+        self._command: list[str] = []
+        self._environment: dict[str, str] = {}
 
     def start(self) -> Self:
         """Start the broker and return when it takes connections.
@@ -70,7 +79,7 @@ class RabbitMQ:
         )
         (self._home / "enabled_plugins").write_text("[].\n")
         (self._home / "environment").write_text("")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RABBITMQ_")} | {
+        self._environment = {name: value for name, value in os.environ.items() if not name.startswith("RABBITMQ_")} | {
             "HOME": str(self._home),
             "RABBITMQ_NODENAME": f"oh{port}@localhost",
             "RABBITMQ_NODE_PORT": str(port),
@@ -87,10 +96,31 @@ class RabbitMQ:
             "RABBITMQ_ALLOW_INPUT": "1",
             "RABBITMQ_SERVER_START_ARGS": "-noinput",
         }
-        with open(self._home / "output", "wb") as output:
+        self._command, self._port = [script], port
+        self.url = f"rabbit://guest:guest@127.0.0.1:{port}/"
+        try:
+            self.restart()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def kill(self) -> None:
+        """``kill -9`` of the broker; what it has on the disk stays. Returns when the process is gone."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def restart(self) -> None:
+        """Start it again after :meth:`kill`, with its data and on its port; return when it takes connections.
+
+        Raises:
+            RuntimeError: it did not come up; the end of its log is in the message.
+        """
+        with open(self._home / "output", "ab") as output:
             self._process = subprocess.Popen(
-                [script],
-                env=environment,
+                self._command,
+                env=self._environment,
                 cwd=self._home,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -98,13 +128,7 @@ class RabbitMQ:
                 start_new_session=True,
             )
         self.pid = self._process.pid
-        self.url = f"rabbit://guest:guest@127.0.0.1:{port}/"
-        try:
-            self._await(port)
-        except BaseException:
-            self.stop()
-            raise
-        return self
+        self._await(self._port)
 
     def _await(self, port: int) -> None:
         assert self._process is not None
@@ -160,15 +184,22 @@ def started_in(home: Path) -> list[int]:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports on 127.0.0.1 that nobody uses at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """TCP ports on 127.0.0.1 that nobody uses at this moment.
+
+    They are outside the range from which the kernel takes ports for connections: while a server is away, a client that
+    tries to reach it could otherwise be given the server's own port, and keep it.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in found:
+            found.append(port)
+    return found
 
 
 def greets(port: int) -> bool:
