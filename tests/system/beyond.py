@@ -135,6 +135,7 @@ CALLERS = """
 # so many nodes in one loop, which call a service now and then; says how many were answered, and by a second server
 service, count, period, pace = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
 import asyncio, random
+from collections import Counter
 from onehop.asyncio import Node
 from onehop.faces import parts_of
 from onehop.settings import from_environment
@@ -178,12 +179,12 @@ async def work(number):
             if answered.setdefault(number, by) != by:
                 again.setdefault(number, time.monotonic())
         except onehop.CallError as error:
-            errors[type(error).__name__ + " " + error.executed] = errors.get(type(error).__name__ + " " + error.executed, 0) + 1
+            failed[type(error).__name__ + " " + error.executed] += 1
         await asyncio.sleep(period * random.uniform(0.9, 1.1))
 
 def listen():
     for line in sys.stdin:
-        say(answered=len(answered), again=len(again), last=max(again.copy().values(), default=0.0), errors=errors)
+        say(answered=len(answered), again=len(again), last=max(again.copy().values(), default=0.0), failed=failed)
     os._exit(0)
 
 async def main():
@@ -191,7 +192,7 @@ async def main():
     await asyncio.gather(*map(work, range(count)))
 
 settings = from_environment(ready_timeout=5.0, timeout=60.0)
-session, answered, again, errors = Session(), {}, {}, {}
+session, answered, again, failed = Session(), {}, {}, Counter()
 asyncio.run(main())
 """
 
@@ -460,13 +461,14 @@ def returning(hosts: Hosts, registry: Registry, callers: int, processes: int, pe
     died = server.kill()
     again = Program(hosts[1], registry.url, SERVER, hosts[1].name, "echo")
     samples = []
-    answered, last = 0, 0.0
+    answered, last, failed = 0, 0.0, Counter[str]()
     while answered < callers:
         samples.append((time.monotonic(), hosts.attempts(source=hosts[2], to=hosts[1])))
         assert time.monotonic() < died + 60.0, f"{answered} of {callers} came back within a minute"
         time.sleep(0.1)
         said = [each.ask() for each in crowd]
         answered, last = sum(each["again"] for each in said), max(each["last"] for each in said)
+        failed = sum((Counter(each["failed"]) for each in said), Counter())
     for _ in range(50):  # and no second storm behind it
         samples.append((time.monotonic(), hosts.attempts(source=hosts[2], to=hosts[1])))
         time.sleep(0.1)
@@ -484,6 +486,7 @@ def returning(hosts: Hosts, registry: Registry, callers: int, processes: int, pe
         "all answered again after": last - died,
         "most attempts in a second": max(rates),
         "attempts": samples[-1][1] - samples[0][1],
+        "calls that failed": dict(failed),
         "calls of others": len(meanwhile),
         "outcomes of others": dict(Counter(each[2] for each in meanwhile)),
         "slowest call of others": max(each[1] - each[0] for each in meanwhile),
