@@ -180,7 +180,7 @@ async def work(number):
                 again.setdefault(number, time.monotonic())
         except onehop.CallError as error:
             failed[type(error).__name__ + " " + error.executed] += 1
-        await asyncio.sleep(period * random.uniform(0.9, 1.1))
+        await asyncio.sleep(period * random.uniform(0.5, 1.5))
 
 def listen():
     for line in sys.stdin:
