@@ -15,6 +15,7 @@ from onehop.protocol import peers as states
 from onehop.protocol import wire
 from onehop.protocol.calls import LOST, REJECTED, REPLIED, TAKEN
 from onehop.protocol.node import NodeProtocol
+from onehop.protocol.peers import Peer
 from onehop.protocol.routes import routes_to
 
 
@@ -257,20 +258,36 @@ def test_routes_are_those_of_the_peers_whatever_happened(steps: list[tuple[str, 
             assert list(node.routes.of(service)) == expected
 
 
-def test_a_server_started_anew_is_a_route_again_when_our_turn_has_come() -> None:
-    node = NodeProtocol(b"n" * 16, random=lambda: 0.0)
-    node.learn([record(1, ("clock",))])
-    (peer,) = node.peers.peers.values()
+def replaced(node: NodeProtocol, *others: Record) -> Peer:
+    """A server that many were connected to is lost, and another comes in its place, for which ``node`` has to wait."""
+    node.learn([record(1, ("clock",)), *others])
+    peer = node.peers.peers[(1).to_bytes(16, "big")]
     node.connect(peer, 0.0)
     node.peers.event(peer, states.HELLO)
     peer.place = 1_000
     node.lost(peer, "the connection ended", 0.0)
-    node.learn([record(2, ("clock",))], 1.0)
+    node.learn([record(2, ("clock",)), *others], 1.0)
+    return node.peers.peers[(2).to_bytes(16, "big")]
+
+
+def test_a_server_started_anew_is_a_route_again_and_connected_to_when_our_turn_has_come() -> None:
+    node = NodeProtocol(b"n" * 16, random=lambda: 0.0)
+    new = replaced(node)
     assert node.routes.of("clock") == ()
     assert node.handle_timer(5.9) == []
     assert node.routes.of("clock") == ()
-    assert node.handle_timer(6.1) == [], "nothing is wrong with it: who needs it connects"
-    assert [route.peer.id for route in node.routes.of("clock")] == [(2).to_bytes(16, "big")]
+    assert node.handle_timer(6.1) == [new]
+    assert [route.peer for route in node.routes.of("clock")] == [new]
+    assert node.connect(new, 6.1) is not None
+    assert node.handle_timer(7.0) == [], "once"
+
+
+def test_a_server_started_anew_is_not_connected_to_where_others_are_nearer() -> None:
+    node = NodeProtocol(b"n" * 16, random=lambda: 0.0, subset=1)
+    new = replaced(node, *(record(number, ("clock",)) for number in range(3, 9)))
+    assert node.handle_timer(6.1) == []
+    assert new in [route.peer for route in node.routes.of("clock")]
+    assert new not in [route.peer for route in node.routes.candidates("clock")]
 
 
 def test_a_peer_that_does_not_answer_is_a_route_only_where_there_is_no_other(talk: Any) -> None:

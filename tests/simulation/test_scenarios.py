@@ -372,12 +372,14 @@ def test_several_instances_of_one_name_share_its_requests(world: World) -> None:
     assert [part.times_run for part in fanout.parts] == [2, 2]
 
 
-def test_a_thousand_callers_of_a_server_that_starts_anew_come_back_in_turn(world: World) -> None:
+@pytest.mark.parametrize("period", [1.0, 5.0])
+def test_a_thousand_callers_of_a_server_that_starts_anew_come_back_in_turn(world: World, period: float) -> None:
     (server,) = world.nodes(1, service="echo")
     callers = world.nodes(1_000)
     for number, caller in enumerate(callers):
-        for second in range(16):
-            world.call(caller, "echo", at=number / 1_000 + second, timeout=60.0, ready_timeout=1.0)
+        for start in (0.0, *(1.0 + period * count for count in range(int(15 / period)))):
+            at = start + number / 1_000 * (period if start else 1.0)
+            world.call(caller, "echo", at=at, timeout=60.0, ready_timeout=1.0)
     opened: list[float] = []
     inner = world.network.connect
 

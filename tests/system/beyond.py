@@ -28,6 +28,7 @@ from onehop.testing.hosts import Host, Hosts
 
 KINDS = ("hosts", "etcd", "zookeeper", "redis")
 START_WITHIN = 60.0
+JOINS_A_SECOND = 100.0
 JVM = ("java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dzookeeper.jmx.log4j.disable=true")
 
 PRELUDE = """
@@ -131,33 +132,68 @@ for line in sys.stdin:
 """
 
 CALLERS = """
-# so many nodes, each of which calls a service about once a second; says when each was answered first after a line
-service, count = sys.argv[1], int(sys.argv[2])
-sys.setswitchinterval(0.05)  # so many nodes wait for one interpreter; as processes they would not
-since = [float("inf")]
-first = {}
+# so many nodes in one loop, which call a service now and then; says how many were answered, and by a second server
+service, count, period, pace = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+import asyncio, random
+from collections import Counter
+from onehop.asyncio import Node
+from onehop.faces import parts_of
+from onehop.settings import from_environment
 
-def work(number):
-    node = onehop.Node(ready_timeout=5.0)
-    client = node.client(service, timeout=60.0)
-    pause = threading.Event()
+class Session:
+    # All nodes hear the news from one session at the registry. With one each, the threads of 2,000 hear them at once,
+    # and the machine does nothing else for seconds. What a node makes of the news, and when, is its own affair.
+    addresses = ()
+    def __init__(self):
+        self.carrier, self.registry_of_all, _ = parts_of(settings, None)
+        self.delivering, self.delivers, self.records = threading.Lock(), [], None
+    def registry(self):
+        return self
+    def endpoint(self, node):
+        raise NotImplementedError("none of these nodes serves")
+    def watch(self, deliver):
+        with self.delivering:
+            self.delivers.append(deliver)
+            if self.records is not None:
+                deliver(self.records)
+                return
+        self.registry_of_all.watch(self.deliver)
+    def deliver(self, records):
+        with self.delivering:
+            self.records = records
+            for deliver in self.delivers:
+                deliver(records)
+    def want(self, service, timeout):
+        return self.registry_of_all.want(service, timeout)
+    def refresh(self):
+        self.registry_of_all.refresh()
+    def is_fresh(self):
+        return self.registry_of_all.is_fresh()
+
+async def work(number):
+    await asyncio.sleep(number / pace)
+    client = Node(settings, network=session).client(service)
     while True:
-        began = time.monotonic()
         try:
-            client.call("name")
-            if began >= since[0]:
-                first.setdefault(number, time.monotonic())
-        except onehop.CallError:
-            pass
-        pause.wait(0.9 + 0.2 * number / count)
+            by = await client.call("node")
+            if answered.setdefault(number, by) != by:
+                again.setdefault(number, time.monotonic())
+        except onehop.CallError as error:
+            failed[type(error).__name__ + " " + error.executed] += 1
+        await asyncio.sleep(period * random.uniform(0.5, 1.5))
 
-for number in range(count):
-    threading.Thread(target=work, args=(number,), daemon=True).start()
-for line in sys.stdin:
-    if line.strip() == "since":
-        since[0] = time.monotonic()
-    say(answered=len(first), last=max(first.values(), default=0.0))
-os._exit(0)
+def listen():
+    for line in sys.stdin:
+        say(answered=len(answered), again=len(again), last=max(again.copy().values(), default=0.0), failed=failed)
+    os._exit(0)
+
+async def main():
+    threading.Thread(target=listen, daemon=True).start()
+    await asyncio.gather(*map(work, range(count)))
+
+settings = from_environment(ready_timeout=5.0, timeout=60.0)
+session, answered, again, failed = Session(), {}, {}, Counter()
+asyncio.run(main())
 """
 
 
@@ -399,32 +435,40 @@ def outage(hosts: Hosts, registry: Registry, seconds: float, after: float = 20.0
     }
 
 
-def returning(hosts: Hosts, registry: Registry, callers: int, processes: int) -> dict[str, Any]:
+def returning(hosts: Hosts, registry: Registry, callers: int, processes: int, period: float = 5.0) -> dict[str, Any]:
     """A server with so many links is killed and started again: how its callers come back.
 
+    Args:
+        callers: nodes, each of which has one link, to the only server there is.
+        processes: among which they are divided.
+        period: seconds between two calls of one.
+
     Returns:
-        Seconds from its death until each was answered again, and how many TCP connections were tried in any second.
+        Seconds from its death until each was answered again, how many TCP connections to its host were tried in any
+        second, and how long somebody who calls another server had to wait meanwhile.
     """
     server = Program(hosts[1], registry.url, SERVER, hosts[1].name, "echo")
     server.hear()
+    Program(hosts[0], registry.url, SERVER, hosts[0].name, "calm").hear()
+    others = Program(hosts[3], registry.url, LOAD, "calm", "20", "10")
+    others.hear()
     share = callers // processes
-    crowd = [Program(hosts[2], registry.url, CALLERS, "echo", str(share)) for _ in range(processes)]
-    probe = Program(hosts[3], registry.url, CONNECTIONS, "echo")
+    words = [str(share), str(period), str(JOINS_A_SECOND / processes)]
+    crowd = [Program(hosts[2], registry.url, CALLERS, "echo", *words) for _ in range(processes)]
     callers = share * processes
-    wait_until(lambda: probe.ask()["connections"] >= callers, 120.0)
+    wait_until(lambda: sum(each.ask()["answered"] for each in crowd) == callers, 60.0 + callers / JOINS_A_SECOND)
     time.sleep(2.0)
     died = server.kill()
-    for each in crowd:
-        each.ask("since")
     again = Program(hosts[1], registry.url, SERVER, hosts[1].name, "echo")
     samples = []
-    answered, last = 0, 0.0
+    answered, last, failed = 0, 0.0, Counter[str]()
     while answered < callers:
         samples.append((time.monotonic(), hosts.attempts(source=hosts[2], to=hosts[1])))
         assert time.monotonic() < died + 60.0, f"{answered} of {callers} came back within a minute"
         time.sleep(0.1)
         said = [each.ask() for each in crowd]
-        answered, last = sum(each["answered"] for each in said), max(each["last"] for each in said)
+        answered, last = sum(each["again"] for each in said), max(each["last"] for each in said)
+        failed = sum((Counter(each["failed"]) for each in said), Counter())
     for _ in range(50):  # and no second storm behind it
         samples.append((time.monotonic(), hosts.attempts(source=hosts[2], to=hosts[1])))
         time.sleep(0.1)
@@ -435,25 +479,18 @@ def returning(hosts: Hosts, registry: Registry, callers: int, processes: int) ->
         for later in [next((each for each in samples[index:] if each[0] >= first[0] + 1.0), None)]
         if later is not None
     ]
+    meanwhile = [each for each in others.ask()["results"] if each[1] >= died]
     return {
         "callers": callers,
         "server was there again after": restarted,
         "all answered again after": last - died,
         "most attempts in a second": max(rates),
         "attempts": samples[-1][1] - samples[0][1],
+        "calls that failed": dict(failed),
+        "calls of others": len(meanwhile),
+        "outcomes of others": dict(Counter(each[2] for each in meanwhile)),
+        "slowest call of others": max(each[1] - each[0] for each in meanwhile),
     }
-
-
-CONNECTIONS = """
-# how many callers are connected to the one server of a service
-node = onehop.Node()
-node.wait_for(sys.argv[1], timeout=30.0)
-for line in sys.stdin:
-    try:
-        say(connections=node.call(sys.argv[1], "connections"))
-    except onehop.CallError:  # it is busy with those who come
-        say(connections=0)
-"""
 
 
 def main() -> None:
@@ -474,7 +511,7 @@ def main() -> None:
                 found["power lost" if power else "killed"] = death(hosts, registry, power=power)
         if given.callers:
             with beyond(kind) as (hosts, registry):
-                found["restart"] = returning(hosts, registry, given.callers, 8)
+                found["restart"] = returning(hosts, registry, given.callers, 4)
         if kind != "hosts" and given.outage and not given.only_restart:
             with beyond(kind) as (hosts, registry):
                 found["outage"] = outage(hosts, registry, given.outage)

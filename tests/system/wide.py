@@ -27,23 +27,33 @@ from tests.system.beyond import Program, Registry, beyond
 from onehop.testing.hosts import Hosts
 
 DEAD = 10
-PORTS = "9501-12000"  # one for each receiver of a host
+PORTS_FROM = 9501
+ALIVE_LEASE = "30"  # seconds, as docs/topics/sizing.md says for so many
 
 RECEIVERS = """
-# so many nodes that serve "wide", in one process; what the name of each begins with, how many
+# so many nodes that serve "wide", in one loop; what the name of each begins with, how many
 name, count = sys.argv[1], int(sys.argv[2])
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
+from onehop.asyncio import Node
 
-def begin(number):
-    node = onehop.Node(drain_timeout=1.0, relay=False)
-    node.serve("wide", {"take": lambda what: None}, server=f"{name}-{number}", workers=1)
-    return node
+async def take(what):
+    pass
 
-with ThreadPoolExecutor(32) as pool:  # each waits for the registry
-    nodes = list(pool.map(begin, range(count)))
-say(serving=len(nodes))
-sys.stdin.readline()
-os._exit(0)
+async def begin(number):
+    async with few:  # each waits for the registry
+        node = Node(drain_timeout=1.0, relay=False)
+        await node.serve("wide", {"take": take}, server=f"{name}-{number}")
+        return node
+
+async def main():
+    nodes = await asyncio.gather(*map(begin, range(count)))
+    say(serving=len(nodes))
+    await asyncio.to_thread(sys.stdin.readline)
+    os._exit(0)
+
+sys.setswitchinterval(0.05)  # a thread of each node waits for one interpreter
+few = asyncio.Semaphore(16)
+asyncio.run(main())
 """
 
 ORIGIN = """
@@ -74,13 +84,14 @@ def wide(hosts: Hosts, registry: Registry, receivers: int, processes: int = 8) -
     """
     alive = receivers - DEAD
     shares = [alive // processes + (number < alive % processes) for number in range(processes)]
-    crowd = [
-        Program(hosts[1], registry.url, RECEIVERS, f"alive-{number}", str(share), ports=PORTS)
-        for number, share in enumerate(shares)
-    ]
+    crowd = []
+    for number, share in enumerate(shares):
+        first = PORTS_FROM + number * (shares[0] + 1)  # of its own: to find a free one among those of all takes long
+        ports, name = f"{first}-{first + share}", f"alive-{number}"
+        crowd.append(Program(hosts[1], registry.url, RECEIVERS, name, str(share), ports=ports, lease=ALIVE_LEASE))
 
     def dying(name: str) -> Program:
-        return Program(hosts[2], registry.url, RECEIVERS, name, str(DEAD), ports=PORTS)
+        return Program(hosts[2], registry.url, RECEIVERS, name, str(DEAD))
 
     victims = dying("stopped")
     for each in [*crowd, victims]:

@@ -142,10 +142,18 @@ class NodeProtocol:
         return tuple(sorted(dict.fromkeys((*routes, *away)), key=in_order)) if away else routes
 
     def handle_timer(self, now: float) -> list[Peer]:
-        """Let peers be routes again whose turn has come; returns those to be tried: they were lost, and have rested."""
+        """Let peers be routes again whose turn has come; returns those to connect to now.
+
+        These were lost, and have rested; or came in the place of such a one. Who left the latter to the next request
+        would come together with those whose turn is then: twice as many in a second, where all ask now and then.
+        """
         due = self.peers.due(now)
         fresh = [peer for peer in due if not peer.failures]
-        for peer in fresh:  # nothing is wrong with them: who needs them connects
+        for peer in fresh:
             self.peers.event(peer, states.RESTED, now)
         self._update(fresh)
-        return [peer for peer in due if peer.failures]
+        return [peer for peer in due if peer.failures or self._is_near(peer)]
+
+    def _is_near(self, peer: Peer) -> bool:
+        """Whether a request that names no server may go to ``peer``; one outside the subset is seldom called."""
+        return any(route in self.routes.candidates(route.service) for route in peer.offered)
