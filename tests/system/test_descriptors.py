@@ -134,14 +134,15 @@ print(flat(one_round), flush=True)
 """
 
 
-@pytest.mark.parametrize("registry", ["local", "redis"])
+@pytest.mark.parametrize("registry", ["local", "hosts", "redis"])
 @pytest.mark.parametrize("rounds", [pytest.param(BLOCKING, id="blocking"), pytest.param(ASYNCIO, id="asyncio")])
 def test_closed_node_leaves_no_descriptor_behind(start: Callable[..., Any], registry: str, rounds: str) -> None:
     with ExitStack() as stack:
         arguments: tuple[str, ...] = ()
-        if registry == "redis":
+        if registry != "local":
             first = free_port()
-            arguments = (stack.enter_context(Redis()).url(), f"{first}-{first + 9}")
+            url = stack.enter_context(Redis()).url() if registry == "redis" else f"hosts://127.0.0.1:{free_port()}/"
+            arguments = (url, f"{first}-{first + 9}")
         assert start(ROUNDS + rounds, *arguments).line() == "flat"
 
 
