@@ -36,8 +36,8 @@ class Agent(VirtualEngine):
 
     Which are in its subset follows from the ids alone, and only the next nearest can take the place of one that goes.
     Whoever comes later is known to all: who lost a server goes back to the one that is started in its place, near or
-    not. So links and connections are those that there are with all 96 (``--whole``). What happens after the restart is
-    not the same: with 3,000 agents a third more attempts were counted in the busiest second than with all.
+    not. So links and connections are those that there are with all 96 (``--whole``), and with 3,000 agents so was all
+    that is counted after the restart.
     """
 
     first: frozenset[str] = frozenset()

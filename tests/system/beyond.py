@@ -133,7 +133,8 @@ for line in sys.stdin:
 
 CALLERS = """
 # so many nodes in one loop, which call a service now and then; says how many were answered, and by a second server
-service, count, period, pace = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+service, count, sessions = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+period, pace = map(float, sys.argv[4:6])
 import asyncio, random
 from collections import Counter
 from onehop.asyncio import Node
@@ -141,7 +142,7 @@ from onehop.faces import parts_of
 from onehop.settings import from_environment
 
 class Session:
-    # All nodes hear the news from one session at the registry. With one each, the threads of 2,000 hear them at once,
+    # Nodes that hear the news from one session at the registry. With one each, the threads of 2,000 hear them at once,
     # and the machine does nothing else for seconds. What a node makes of the news, and when, is its own affair.
     addresses = ()
     def __init__(self):
@@ -172,7 +173,7 @@ class Session:
 
 async def work(number):
     await asyncio.sleep(number / pace)
-    client = Node(settings, network=session).client(service)
+    client = Node(settings, network=session if sessions == "one" else None).client(service)
     while True:
         try:
             by = await client.call("node")
@@ -191,6 +192,7 @@ async def main():
     threading.Thread(target=listen, daemon=True).start()
     await asyncio.gather(*map(work, range(count)))
 
+sys.setswitchinterval(0.05)  # as a process each, they would not wait for one interpreter
 settings = from_environment(ready_timeout=5.0, timeout=60.0)
 session, answered, again, failed = Session(), {}, {}, Counter()
 asyncio.run(main())
@@ -435,13 +437,16 @@ def outage(hosts: Hosts, registry: Registry, seconds: float, after: float = 20.0
     }
 
 
-def returning(hosts: Hosts, registry: Registry, callers: int, processes: int, period: float = 5.0) -> dict[str, Any]:
+def returning(
+    hosts: Hosts, registry: Registry, callers: int, processes: int, *, period: float = 5.0, sessions: str = "one"
+) -> dict[str, Any]:
     """A server with so many links is killed and started again: how its callers come back.
 
     Args:
         callers: nodes, each of which has one link, to the only server there is.
         processes: among which they are divided.
-        period: seconds between two calls of one.
+        period: seconds between two calls of one, give or take a half.
+        sessions: at the registry: "one" of each process, or one of "each" node, of which this machine bears 1,000.
 
     Returns:
         Seconds from its death until each was answered again, how many TCP connections to its host were tried in any
@@ -453,7 +458,7 @@ def returning(hosts: Hosts, registry: Registry, callers: int, processes: int, pe
     others = Program(hosts[3], registry.url, LOAD, "calm", "20", "10")
     others.hear()
     share = callers // processes
-    words = [str(share), str(period), str(JOINS_A_SECOND / processes)]
+    words = [str(share), sessions, str(period), str(JOINS_A_SECOND / processes)]
     crowd = [Program(hosts[2], registry.url, CALLERS, "echo", *words) for _ in range(processes)]
     callers = share * processes
     wait_until(lambda: sum(each.ask()["answered"] for each in crowd) == callers, 60.0 + callers / JOINS_A_SECOND)
@@ -497,7 +502,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--registry", choices=KINDS, nargs="+", default=list(KINDS))
     parser.add_argument("--joins", type=int, default=100, help="how many servers join, one after the other")
-    parser.add_argument("--callers", type=int, default=1_000, help="links of a server that is started again")
+    parser.add_argument("--callers", type=int, default=2_000, help="links of a server that is started again")
+    parser.add_argument("--sessions", choices=("one", "each"), default="one", help="one a process, or one each")
     parser.add_argument("--outage", type=float, default=20.0, help="seconds for which the registry is stopped")
     parser.add_argument("--only-restart", action="store_true", help="measure nothing but that")
     given = parser.parse_args()
@@ -511,7 +517,7 @@ def main() -> None:
                 found["power lost" if power else "killed"] = death(hosts, registry, power=power)
         if given.callers:
             with beyond(kind) as (hosts, registry):
-                found["restart"] = returning(hosts, registry, given.callers, 4)
+                found["restart"] = returning(hosts, registry, given.callers, 4, sessions=given.sessions)
         if kind != "hosts" and given.outage and not given.only_restart:
             with beyond(kind) as (hosts, registry):
                 found["outage"] = outage(hosts, registry, given.outage)

@@ -128,7 +128,8 @@ TABLES = (
     ),
     Table(
         "A server with many links starts anew",
-        "It is killed and started at once; its callers, which have no other server, call about once a second.",
+        "It is killed and started at once; its callers, which have no other server, call every five seconds or so. The "
+        "nodes of a process of callers share a session at the registry.",
         "restart", "restart",
         [
             Column("callers", figure("callers", digits=0)),
