@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from onehop import CallTimeout, RemoteError
+from onehop import CallTimeout, Rejected
 from onehop.protocol import wire
 from onehop.testing.memory import MemoryCarrier, Network
 from onehop.transport.carrier import InboundSocket
@@ -84,8 +84,9 @@ async def test_round_that_breaks_takes_nothing_from_others_and_is_told_once(
     assert await client.call("double", 4) == 8
 
 
-async def test_task_that_cannot_be_made_for_a_handler_is_an_error_of_that_call(zmq_node: Any) -> None:
-    await zmq_node().serve("clock", {"double": double})
+async def test_call_whose_task_cannot_be_made_is_told_that_it_did_not_run(zmq_node: Any) -> None:
+    serving = zmq_node()
+    await serving.serve("clock", {"double": double})
     client = zmq_node().client("clock", timeout=20.0)
     assert await client.call("double", 1) == 2
 
@@ -95,9 +96,10 @@ async def test_task_that_cannot_be_made_for_a_handler_is_an_error_of_that_call(z
     loop = asyncio.get_running_loop()
     loop.set_task_factory(refuse)
     try:
-        with pytest.raises(RemoteError, match="no tasks today") as caught:
+        with pytest.raises(Rejected, match="full") as caught:
             await client.call("double", 2)
     finally:
         loop.set_task_factory(None)
-    assert caught.value.type == "OSError"
+    assert caught.value.executed == "no"
+    assert serving.statistics().dropped["requests whose run broke"] >= 1
     assert await client.call("double", 3) == 6

@@ -21,7 +21,7 @@ from oslo_messaging.transport import InvalidTransportURL
 
 from onehop.oslo import options, payload
 from onehop.oslo.driver import NobodyServes, OutcomeUnknown, SendFailed, ZmqDriver
-from onehop.oslo.listener import Notification, PollListener, Request
+from onehop.oslo.listener import AHEAD, Notification, PollListener, Request
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -452,6 +452,15 @@ def test_a_request_that_is_not_of_oslo_messaging_is_answered_and_harms_nothing(b
         nothing, failure = payload.decode(raw.call_raw("garbage", body))
         assert nothing is None
         assert isinstance(payload.rebuild_failure(failure, []), ValueError | oslo_messaging.RemoteError)
+    assert bus.client("compute", transport).call({}, "echo", value=1) == 1
+
+
+def test_requests_that_cannot_be_read_take_nobody_s_place(bus: Any) -> None:
+    transport = bus.transport()
+    bus.serve("compute", Endpoint(), transport=transport)
+    raw = transport._driver.core.node.client("openstack/compute", timeout=20)
+    for _ in range(AHEAD + 6):
+        raw.cast_raw("deep", b"[" * 5_000 + b"]" * 5_000)
     assert bus.client("compute", transport).call({}, "echo", value=1) == 1
 
 

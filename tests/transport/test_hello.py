@@ -322,19 +322,20 @@ def reader(request: pytest.FixtureRequest, open_portal: Any, make_node: Callable
         node.close()
 
 
+def answer_with_a_gap(frame: bytes) -> list[bytes]:
+    if wire.kind_of(frame) == wire.HELLO:
+        return [hello()]
+    if wire.kind_of(frame) == wire.CREDIT:
+        id = wire.header(frame).id
+        items = [wire.answer(wire.ITEM, 0, id, bytes([number]), number=number) for number in (0, 1, 1, 3, 2)]
+        return [*items, wire.answer(wire.REPLY, wire.STREAM, id, b"\xc0")]  # type: ignore[list-item]
+    return []
+
+
 def test_stream_with_a_missing_item_ends_with_what_is_missing_and_the_server_is_told(
     false_server, reader, eventually
 ) -> None:
-    def answer(frame: bytes) -> list[bytes]:
-        if wire.kind_of(frame) == wire.HELLO:
-            return [hello()]
-        if wire.kind_of(frame) == wire.CREDIT:
-            id = wire.header(frame).id
-            items = [wire.answer(wire.ITEM, 0, id, bytes([number]), number=number) for number in (0, 1, 1, 3, 2)]
-            return [*items, wire.answer(wire.REPLY, wire.STREAM, id, b"\xc0")]  # type: ignore[list-item]
-        return []
-
-    server = false_server(answer)
+    server = false_server(answer_with_a_gap)
     stream = reader.stream("clock", "count")
     assert [next(stream), next(stream)] == [0, 1]
     with pytest.raises(PeerLost, match="item 3 of the stream came, item 2 is missing") as caught:
@@ -344,3 +345,15 @@ def test_stream_with_a_missing_item_ends_with_what_is_missing_and_the_server_is_
     (peer,) = reader.statistics().peers
     assert (peer.bad_frames, peer.late) == (1, 2)
     assert peer.state == "ready"
+
+
+def test_stream_that_is_closed_before_its_gap_is_read_is_cancelled_at_the_server(
+    false_server, reader, eventually
+) -> None:
+    server = false_server(answer_with_a_gap)
+    stream = reader.stream("clock", "count")
+    assert next(stream) == 0
+    eventually(lambda: reader.statistics().peers[0].late == 2)
+    assert wire.CANCEL not in [wire.kind_of(frame) for frame in server.received]
+    stream.close()
+    eventually(lambda: wire.CANCEL in [wire.kind_of(frame) for frame in server.received])

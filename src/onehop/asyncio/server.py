@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from collections.abc import Coroutine, Mapping
 from contextvars import copy_context
 from time import monotonic
@@ -21,6 +22,8 @@ from onehop.transport.requests import serving
 
 if TYPE_CHECKING:
     from onehop.asyncio.node import Node
+
+log = logging.getLogger("onehop")
 
 
 class _Running:
@@ -81,12 +84,17 @@ class Server:
         try:
             task = running.task = self._engine.loop.create_task(steps, context=context)
         except Exception as error:  # of a task factory, which is the program's
+            has_begun = inspect.getcoroutinestate(steps) != inspect.CORO_CREATED  # where the factory is an eager one
             steps.close()
             request.waiter = None
-            frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(self._queue))
-            self._queue.inbound.put(request, frame if request.kind == wire.REQUEST else None)
-            if request.kind == wire.CAST:
-                self._runner.note_failed(request, error)
+            inbound = self._queue.inbound
+            inbound.counts["requests whose run broke"] += 1
+            log.error("there is no task for %r of service %r", request.method, self.service, exc_info=error)
+            if has_begun:
+                frame = wire.answer(wire.REPLY, wire.FAILED, request.id, handlers.failure(error), len(self._queue))
+                inbound.put(request, frame if request.kind == wire.REQUEST else None)
+            else:
+                inbound.refuse(request, "full")
             return
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

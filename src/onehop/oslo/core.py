@@ -153,6 +153,10 @@ class Core:
         Raises:
             NoThread: the machine gives none; the message is not held, and the next one tries again.
         """
+        if self._wake is None:  # outside of the lock, under which the node's must not be taken; twice does no harm
+            wake = threading.Event()
+            self.node.on_change(wake.set)
+            self._wake = wake
         with self._lock:
             messages, size = self._messages + 1, self._bytes + len(sending.body)
             if messages > self.options["outbox_messages"] or size > self.options["outbox_bytes"]:
@@ -166,10 +170,6 @@ class Core:
         return None
 
     def _start_delivery(self) -> None:
-        if self._wake is None:
-            wake = threading.Event()
-            self.node.on_change(wake.set)
-            self._wake = wake
         thread = threading.Thread(target=self._deliver_held, name="onehop-outbox", daemon=True)
         self._running = True  # before: a signal handler may send, and come here
         try:

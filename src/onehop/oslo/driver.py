@@ -158,7 +158,9 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
         """See the base class. Other processes see the server when this returns."""
         service = service_name("", target.exchange or self._default_exchange, target.topic)
         listener = self.core.node.listen(service, server=target.server, ahead=AHEAD)
-        return base.PollStyleListenerAdapter(PollListener(listener, Request), batch_size, batch_timeout)
+        # Half of what may be ahead comes at once; a batch that waits for more would wait for itself.
+        most = min(batch_size, AHEAD // 2)
+        return base.PollStyleListenerAdapter(PollListener(listener, Request), most, batch_timeout)
 
     def listen_for_notifications(
         self, targets_and_priorities: Any, pool: str | None, batch_size: int | None, batch_timeout: Any, **_: Any

@@ -120,7 +120,7 @@ class PollListener(base.PollStyleListener):  # type: ignore[misc]
             ctxt, message = payload.decode(incoming.body)
             if not isinstance(ctxt, dict) or not isinstance(message, dict):
                 raise ValueError("not a context and a message")
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # RecursionError, too: who lost one here would lose its place for ever
             LOG.error("A request of %s to %s is not of oslo.messaging: %s", incoming.sender, incoming.service, error)
             if incoming.kind == "call":
                 answer(incoming, None, sys.exc_info())  # type: ignore[arg-type]

@@ -109,7 +109,12 @@ class Node:
             ahead: for who polls in one thread, and no more than one, and runs in others: so many requests at most are
                 polled and wait for one of those, which says :meth:`Incoming.begin`. The rest stay where their callers
                 may give them up, and while none begins, callers prefer other servers. None where to poll is to begin.
+
+        Raises:
+            SettingsError: ``ahead`` is below 1.
         """
+        if ahead is not None and ahead < 1:
+            raise SettingsError(f"ahead is {ahead!r}; it must be 1 or more, or None")
         names = (service,) if isinstance(service, str) else tuple(service)
         checked = tuple(checked_name(name, server) for name in names)
         return Listener(self, checked, server or self.settings.host_name, ahead)

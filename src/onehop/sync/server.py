@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -116,7 +117,8 @@ class Listener:
         self._counting = new_lock()
         self._polled = self._began = 0  # of what is counted; the first is the polling thread's
         self._echoes: list[Request] = []
-        self._begun = Queue()  # where a poll that may take no more waits, and receives meanwhile: what has begun
+        # Where a poll that may take no more waits, and receives meanwhile: what has begun since.
+        self._begun = self._queue.beside = Queue()
         self._is_held = False
 
     def _may_take(self, inbound: Inbound, until: float) -> bool:
@@ -126,9 +128,13 @@ class Listener:
                 self._is_held = self._polled - self._began > self._most // 2 and not self._queue.stopped
                 if not self._is_held:
                     return True
-                self._begun.tasks.clear()
-            if inbound.take(self._begun, until) is None and not self._queue.stopped:
-                return False
+            try:
+                if inbound.take(self._begun, until) is None and not self._queue.stopped:
+                    return False
+            finally:
+                with self._counting:
+                    self._is_held = False
+                    self._begun.tasks.clear()
 
     def _answer_echo(self, inbound: Inbound, echo: Request) -> None:
         """An echo asks whether workers take requests: while some of ours wait for one, the next that begins tells."""
@@ -144,6 +150,9 @@ class Listener:
             self._began += 1
             echoes, self._echoes = self._echoes, []
             is_awaited = self._is_held and self._polled - self._began <= self._most // 2
+            with suppress(IndexError):  # a held poll does not come to those that wait in the queue
+                while self._is_held and self._queue.tasks[0].kind == wire.PING:
+                    echoes.append(self._queue.pop())
         if engine is None or engine.inbound is None:
             return
         for each in echoes:
@@ -154,7 +163,6 @@ class Listener:
     def stop(self) -> None:
         """Withdraw: nothing more comes, and :meth:`poll` waits no more. May be called twice."""
         if self._engine is not None:
-            self._begun.stop()
             self._engine.withdraw(self._queue)
 
     def close(self) -> None:

@@ -316,8 +316,8 @@ class Caller(Connector):
                 self._fail(attempt, attempt.timed_out())  # the housekeeping came before us
             if call.outcome == REJECTED and call.body[0] == "hello first":
                 self._lost(attempt.route.peer, link, "it does not know this connection any more")
-            if call.items is not None and call.outcome == LOST:  # an item was missing: the server may go on
-                link.post(None, wire.pack(wire.CANCEL, id=call.id))
+            if call.items is not None:
+                self.cancel(link, call)
             raise attempt.failure()
 
     async def _find(self, attempt: Attempt) -> Route:
@@ -409,6 +409,8 @@ class Caller(Connector):
     def cancel(self, link: Link, call: Call) -> bool:
         """Give ``call`` up and tell the server; False when it had ended."""
         if not link.calls.give_up(call):
+            if call.items is not None and call.outcome == LOST:  # an item was missing: the server may go on
+                link.post(None, wire.pack(wire.CANCEL, id=call.id))
             return False
         if call.sent:
             link.post(None, wire.pack(wire.CANCEL, id=call.id))

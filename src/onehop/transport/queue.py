@@ -50,10 +50,12 @@ class Queue:
         begun: requests that workers have begun.
         lines: of callers with many requests, in turn; ``held``: how many requests stand there.
         pooled: whether a worker runs some of the methods.
+        beside: another queue that stops with it, right after.
         inbound: where the requests come from, and the answers go.
     """
 
     inbound: Inbound
+    beside: Queue | None = None
 
     def __init__(
         self,
@@ -138,6 +140,8 @@ class Queue:
     def stop(self) -> None:
         """Nothing more will come: workers end when the queue is empty, polls return."""
         self.stopped = True
+        if self.beside is not None:
+            self.beside.stop()
         while self.idle:
             try:
                 release(self.idle.pop())
