@@ -291,7 +291,7 @@ class World:
         if what == STOPPED:
             engine.clock.stop()
             self.network.stopped.add(node.index)
-            node.cuts[STOPPED] = self.network.cut([node.index], None)
+            node.cuts[STOPPED] = self.network.cut([node.index], [each.index for each in self._nodes])  # itself, too
             self.registry.leave(engine)
         elif what == HUNG:
             engine.hung = True
