@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from itertools import count
@@ -24,6 +25,7 @@ from onehop.protocol.inbox import (
     Inbox,
     Message,
     Request,
+    Sender,
     Window,
 )  # fmt: skip
 
@@ -563,6 +565,40 @@ def test_draining_server_says_goodbye_refuses_what_is_new_and_finishes_what_it_t
     assert (late.outcome, late.body[0]) == (REJECTED, "draining")
     talk.answer(talk.moved[0])
     assert taken.outcome == REPLIED
+
+
+def senders_alive() -> int:
+    return sum(isinstance(each, Sender) for each in gc.get_objects())
+
+
+def test_connection_that_ended_is_kept_by_nothing_not_even_until_garbage_is_collected(talk: Any) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        before = senders_alive()
+        for number in range(10):
+            identity = b"conn %d" % number
+            talk.inbox.receive(identity, hello_of(b"node %11d" % (number // 2)), None, 0.0, [])
+            assert senders_alive() == before + 1
+            talk.inbox.gone(identity)
+            assert senders_alive() == before
+    finally:
+        gc.enable()
+
+
+def test_connection_that_ended_with_a_request_running_is_kept_as_long_as_its_window_and_no_longer(talk: Any) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        before = senders_alive()
+        talk.request()
+        talk.lose()
+        talk.answer(talk.moved[0])
+        talk.moved.clear()
+        talk.inbox.handle_timer(WINDOW_KEPT + 1.0)
+        assert senders_alive() == before - 1
+    finally:
+        gc.enable()
 
 
 # Time ---------------------------------------------------------------------------------------------

@@ -350,7 +350,6 @@ class Inbox:
                 window = self._windows[hello.node] = Window(self.reach, hello.first)
             if known is None:
                 sender = self.senders[identity] = Sender(hello.node, hello.host, window, now)
-                window.connections = [each for each in window.connections if each.calls or not each.over]
                 window.connections.append(sender)
         self.outgoing.append((identity, wire.hello(self.answer, is_answer=True, place=len(self.senders))))
 
@@ -520,7 +519,10 @@ class Inbox:
         sender = self.senders.pop(identity, None)
         if sender is None:
             return []
-        sender.window.seen, sender.over = sender.heard, True
+        window, sender.over = sender.window, True
+        window.seen = sender.heard
+        # A window that outlives its connections does not keep them; nor the two each other, until a collector comes.
+        window.connections = [each for each in window.connections if each.calls or not each.over]
         orphans = list(sender.calls.values())
         for request in orphans:
             self.counts["cancelled"] += not request.cancelled
@@ -552,7 +554,7 @@ class Inbox:
                 self.outgoing.append((identity, wire.pack(wire.PING)))
         in_use = {sender.node for sender in self.senders.values()}
         for node in [n for n, window in self._windows.items() if n not in in_use and now - window.seen > WINDOW_KEPT]:
-            del self._windows[node]
+            self._windows.pop(node).connections.clear()
 
     def timer(self) -> float | None:
         """When :meth:`handle_timer` should next be called for a heartbeat; None when none is owed."""
