@@ -21,7 +21,9 @@ test: $(STAMP)  ## everything: lint, our tests in three processes, oslo.messagin
 	@bash tests/system_packages.sh
 	@$(MAKE) --no-print-directory lint
 	@echo "== tests"
-	@$(BIN)/python -m pytest -n 3 $(HOSTS)
+	@$(BIN)/python -m pytest -n 3 -m "not alone" $(HOSTS)
+	@echo "== tests that compare times, with nothing beside them"
+	@$(BIN)/python -m pytest -m alone
 	@echo "== the core's own tests cover each of its branches (the long search through interleavings adds nothing here)"
 	@$(BIN)/python -m pytest -n 2 tests/protocol -k "not interleaving" --cov --cov-config=tests/protocol/coverage.ini
 	@$(MAKE) --no-print-directory test-oslo

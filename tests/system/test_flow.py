@@ -234,6 +234,7 @@ def test_slow_consumer_costs_its_caller_eight_mebibytes_and_what_is_too_much_is_
         assert statistics.median(refused) < 0.010 + statistics.median(echoes)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("verb", ["call", "cast"])
 def test_slow_consumer_slows_the_calls_of_others_by_a_fifth_at_most_and_fails_none(
     flooded, eventually, capsys, verb: str
