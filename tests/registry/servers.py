@@ -6,7 +6,6 @@ ZooKeeper's are in files of their own beside this one.
 
 from __future__ import annotations
 
-import random
 import shutil
 import signal
 import socket
@@ -24,6 +23,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from onehop.testing.chaos.cluster import free_port
+
 START_WITHIN = 30.0  # seconds; the machine may be busy
 
 
@@ -35,18 +36,6 @@ def eventually(condition: Callable[[], object], within: float) -> bool:
             return False
         time.sleep(0.01)
     return True
-
-
-def free_port() -> int:
-    """A port that nobody listens at, outside the ephemeral range: no connection takes it while its server is down."""
-    while True:
-        port = random.randrange(15_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 class Server(ABC):

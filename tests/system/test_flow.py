@@ -15,6 +15,7 @@ MEBIBYTE = 1024 * 1024
 BODIES = {"100 B": 100, "10 KiB": 10 * 1024, "100 KiB": 100 * 1024}
 LARGE = 64 * 1024  # from so many bytes on a body waits for room in the window, where a smaller one is refused
 ROOM = {"call": 10_000, "cast": 2_000}  # what the server's inbox takes: of calls, more than the caller's window
+WHOSE = {"own": "the same caller at another server", "beside": "another caller at the same"}
 RATE = 2_000  # a second; the slow handler takes 50 ms, and there is one of it
 
 SERVER = """
@@ -262,9 +263,6 @@ def test_slow_consumer_does_not_slow_the_calls_of_others_and_fails_none(flooded,
     assert all(len(phase[whose]) > 50 for turn in turns for phase in turn for whose in WHOSE)
     # A fifth is what it comes to where nothing else runs; another process on these two processors makes it half.
     assert all(statistics.median(ratios(whose)) <= 2.0 for whose in WHOSE)
-
-
-WHOSE = {"own": "the same caller at another server", "beside": "another caller at the same"}
 
 
 def _by_a_fifth_at_most(ratios: Callable[[str], list[float]]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,20 +10,6 @@ import pytest
 from onehop import Incoming, Node, SettingsError
 
 AHEAD = 4
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., Node]]:
-    """Makes nodes, and closes them when the test is over."""
-    nodes: list[Node] = []
-
-    def make_one(**settings: Any) -> Node:
-        nodes.append(Node(**settings))
-        return nodes[-1]
-
-    yield make_one
-    for node in reversed(nodes):
-        node.close()
 
 
 class Polling:
@@ -48,9 +33,9 @@ def cast(node: Node, count: int) -> None:
         client.cast_raw("read", b"\x90")
 
 
-def test_what_has_begun_makes_room_for_the_next(make, eventually) -> None:
-    polling = Polling(make().listen("clock", ahead=AHEAD))
-    cast(make(), 20)
+def test_what_has_begun_makes_room_for_the_next(make_node, eventually) -> None:
+    polling = Polling(make_node().listen("clock", ahead=AHEAD))
+    cast(make_node(), 20)
     eventually(lambda: len(polling.found) == AHEAD)
     for done in range(20):
         eventually(lambda done=done: len(polling.found) > done)
@@ -59,15 +44,15 @@ def test_what_has_begun_makes_room_for_the_next(make, eventually) -> None:
         polling.found[done].done()
 
 
-def test_a_poll_that_waits_for_room_ends_with_its_time(make, eventually) -> None:
-    listener = make().listen("clock", ahead=AHEAD)
+def test_a_poll_that_waits_for_room_ends_with_its_time(make_node, eventually) -> None:
+    listener = make_node().listen("clock", ahead=AHEAD)
     found: list[Incoming] = []
 
     def is_full() -> bool:
         found.extend(listener.poll(limit=10, timeout=1.0))
         return len(found) >= AHEAD
 
-    calls = [make().client("clock", timeout=20.0).start("read") for _ in range(AHEAD + 1)]
+    calls = [make_node().client("clock", timeout=20.0).start("read") for _ in range(AHEAD + 1)]
     eventually(is_full, within=20.0)
     assert listener.poll(timeout=0.1) == []
     for each in found:
@@ -78,28 +63,28 @@ def test_a_poll_that_waits_for_room_ends_with_its_time(make, eventually) -> None
     assert [call.result() for call in calls] == [1] * (AHEAD + 1)
 
 
-def test_all_that_was_taken_in_is_handed_out_after_stop(make, eventually) -> None:
-    listener = make().listen("clock", ahead=AHEAD)
+def test_all_that_was_taken_in_is_handed_out_after_stop(make_node, eventually) -> None:
+    listener = make_node().listen("clock", ahead=AHEAD)
     polling = Polling(listener)
-    cast(make(), 20)
+    cast(make_node(), 20)
     eventually(lambda: len(polling.found) == AHEAD)
     listener.stop()
     assert polling.has_ended.wait(20.0)
     assert len(polling.found) == 20
 
 
-def test_a_poll_that_waits_for_room_ends_when_the_node_is_closed(make, eventually) -> None:
-    serving = make()
+def test_a_poll_that_waits_for_room_ends_when_the_node_is_closed(make_node, eventually) -> None:
+    serving = make_node()
     polling = Polling(serving.listen("clock", ahead=AHEAD))
-    cast(make(), 20)
+    cast(make_node(), 20)
     eventually(lambda: len(polling.found) == AHEAD)
     serving.close()
     assert polling.has_ended.wait(20.0)
 
 
-def test_a_server_where_nothing_begins_is_avoided_until_one_does(make, eventually) -> None:
-    polling = Polling(make().listen("clock", ahead=AHEAD))
-    calling = make()
+def test_a_server_where_nothing_begins_is_avoided_until_one_does(make_node, eventually) -> None:
+    polling = Polling(make_node().listen("clock", ahead=AHEAD))
+    calling = make_node()
 
     def state() -> str:
         (peer,) = calling.statistics().peers
@@ -117,6 +102,6 @@ def test_a_server_where_nothing_begins_is_avoided_until_one_does(make, eventuall
 
 
 @pytest.mark.parametrize("ahead", [0, -1])
-def test_room_for_nobody_is_refused(make, ahead: int) -> None:
+def test_room_for_nobody_is_refused(make_node, ahead: int) -> None:
     with pytest.raises(SettingsError, match="ahead"):
-        make().listen("clock", ahead=ahead)
+        make_node().listen("clock", ahead=ahead)
