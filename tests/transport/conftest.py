@@ -208,9 +208,9 @@ class InboundBench:
         assert isinstance(frame, bytes)
         self.socket.arrived.append((identity, frame))
 
-    def request(self, service: str, method: str = "read", kind: int = wire.REQUEST) -> bytes:
+    def request(self, service: str, method: str = "read", kind: int = wire.REQUEST, flags: int = 0) -> bytes:
         self._number += 1
-        frame = wire.request(kind, 0, self._number, 60.0, None, wire.names(service, "", method), b"")
+        frame = wire.request(kind, flags, self._number, 60.0, None, wire.names(service, "", method), b"")
         assert isinstance(frame, bytes)
         return frame
 

@@ -183,6 +183,30 @@ def test_answer_to_a_connection_that_does_not_read_is_counted_and_holds_up_nobod
     assert bench.inbox.taken == {}
 
 
+def test_stream_whose_item_found_no_room_is_not_ended_as_if_that_had_been_all(inbound_bench: InboundBench) -> None:
+    bench = inbound_bench
+    queue = bench.offer("clock")
+    bench.arrive(bench.request("clock", flags=wire.STREAM))
+    bench.socket.signal()
+    request = bench.inbound.take(queue, far())
+    assert request is not None
+
+    def item(number: int) -> wire.Frame:
+        return wire.answer(wire.ITEM, 0, request.id, b"\xc0", number=number)
+
+    bench.inbound.answer(request, item(0), last=False)
+    bench.socket.full.add(b"\0conn")
+    bench.inbound.answer(request, wire.pack(wire.PROGRESS, id=request.id), last=False)
+    assert not request.cancelled  # a sign of life is nothing that its reader would miss
+    bench.inbound.answer(request, item(1), last=False)
+    bench.socket.full.clear()
+    bench.inbound.answer(request, wire.answer(wire.REPLY, wire.STREAM, request.id, b"\xc0"))
+    assert bench.kinds_sent() == [wire.ITEM]
+    assert request.cancelled  # so that its handler makes no more of them
+    assert bench.inbox.taken == {}
+    assert bench.inbound.counts == {"answers to a peer that does not read": 2}
+
+
 # Workers ------------------------------------------------------------------------------------------
 
 SLOW = 0.02  # seconds; far above what counts as quick

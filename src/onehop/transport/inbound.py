@@ -166,21 +166,27 @@ class Inbound:
                 continue  # answered before: an answer is sent once
             if self._closed:
                 self.counts["answers after close"] += 1
-            elif frame is not None:
-                self._send_to(request.identity, frame, moved)
+            elif (
+                frame is not None and not self._send_to(request.identity, frame, moved) and not last
+                and wire.kind_of(frame if isinstance(frame, bytes) else frame[0]) == wire.ITEM
+            ):  # fmt: skip
+                # An end behind it would read as if that had been all. So nothing more is answered, as where an answer
+                # is lost: its reader waits until the deadline.
+                request.cancelled = True
+                finish(request)
 
-    def _send_to(self, identity: bytes, frame: Frame, moved: list[Request]) -> None:
+    def _send_to(self, identity: bytes, frame: Frame, moved: list[Request]) -> bool:
         try:
             socket = self.socket
-            if not (
-                socket.send(identity, frame) if type(frame) is bytes else socket.send_large(identity, *frame)
-            ):  # fmt: skip
-                # Far above what a caller within its window can be owed: it does not read. Waiting for it would hold up
-                # everybody else.
-                self.counts["answers to a peer that does not read"] += 1
+            if socket.send(identity, frame) if type(frame) is bytes else socket.send_large(identity, *frame):
+                return True
+            # Far above what a caller within its window can be owed: it does not read. Waiting for it would hold up
+            # everybody else.
+            self.counts["answers to a peer that does not read"] += 1
         except ConnectionResetError:
             self.counts["answers to a peer that is gone"] += 1
             moved.extend(self._inbox.gone(identity))
+        return False
 
     def _send_outgoing(self, moved: list[Request]) -> None:
         inbox = self._inbox
