@@ -118,6 +118,8 @@ def test_callers_in_a_loop_are_drawn_from_the_seed_and_no_more_than_there_are(ru
     assert plan.in_a_loop(7, 3, 3) == [0, 1, 2]
     ended = run("chaos", "--asyncio", 2)
     assert (ended.code, ended.sentence) == (2, "--asyncio 2: there are 1 callers; give more (--callers)")
+    ended = run("chaos", "--asyncio", 1, "--over", "other:Messages")
+    assert (ended.code, ended.sentence.partition(":")[0]) == (2, "--asyncio and --over do not go together")
 
 
 def test_outage_of_the_registry_is_for_one_host_with_redis(

@@ -20,6 +20,7 @@ from onehop.testing.chaos.cluster import Cluster
 from onehop.testing.hosts import Hosts, HostsUnavailable
 
 Fault = StrEnum("Fault", {each.replace("-", "_").upper(): each for each in plan.FAULTS})  # type: ignore[misc]
+OURS = "onehop.testing.chaos.programs:Onehop"
 LOOK = 5.0
 """Seconds between two lines of progress."""
 BREACHES_SHOWN = 10
@@ -42,7 +43,7 @@ def chaos(
     ] = 0,
     over: Annotated[
         str, typer.Option(metavar="MODULE:CLASS", help="Run over other Messages of onehop.testing.chaos.programs.")
-    ] = "onehop.testing.chaos.programs:Onehop",
+    ] = OURS,
     ledger: Annotated[str, typer.Option(metavar="PATH", help="Leave the ledger in this new directory.")] = "",
     as_json: AsJson = False,
 ) -> None:
@@ -61,6 +62,8 @@ def chaos(
     if in_loop > callers:
         raise SettingsError(f"--asyncio {in_loop}: there are {callers} callers; give more (--callers)")
     loops = plan.in_a_loop(seed, callers, in_loop)
+    if in_loop and over != OURS:
+        raise SettingsError(f"--asyncio and --over do not go together: {over} says by itself how its callers wait")
     directory = Path(ledger) if ledger else None
     if directory is not None and directory.exists():
         raise SettingsError(f"--ledger {ledger}: it exists; name a directory that does not")
