@@ -63,7 +63,7 @@ def start() -> Iterator[Callable[..., Program]]:
         return programs[-1]
 
     yield begin
-    for each in programs:
+    for each in reversed(programs):  # callers before their servers
         each.end()
 
 
