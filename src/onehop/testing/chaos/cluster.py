@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -134,6 +134,7 @@ class Cluster:
         serve: a command that serves :class:`onehop.testing.chaos.programs.Handlers` instead of our own program.
         in_loop: which callers, counted from 0, use onehop's asyncio face.
         registry: whether a Redis server of its own is the registry, which :data:`plan.REGISTRY` needs.
+        env: variables of every process of this host, besides those of this one.
         job: fields of each process's :class:`onehop.testing.chaos.programs.Job`.
     """
 
@@ -147,6 +148,7 @@ class Cluster:
         serve: Sequence[str] = (),
         in_loop: Collection[int] = (),
         registry: bool = False,
+        env: Mapping[str, str] | None = None,
         **job: Any,
     ) -> None:
         self._temporary = Path(tempfile.mkdtemp(prefix="oh-chaos-", dir="/tmp"))  # sockets need short paths
@@ -166,6 +168,7 @@ class Cluster:
             self._job.setdefault("url", f"hosts://{listed}/")
         self._ended: list[Program] = []
         self._in_loop = in_loop
+        self._env = dict(env or {})
         self._registry: Program | None = None
         self._registry_port = 0
         if registry:
@@ -204,7 +207,7 @@ class Cluster:
 
     def _start(self, role: str, name: str, host: Host | None, **more: Any) -> Program:
         job = Job(name=name, directory=str(self.directory), **{**self._job, **more})
-        env = {} if host else {"ONEHOP_RUN_DIRECTORY": str(self._temporary / "run")}
+        env = {} if host else {**self._env, "ONEHOP_RUN_DIRECTORY": str(self._temporary / "run")}
         argv = [*PROGRAM, role, msgspec.json.encode(job).decode()]
         if role == "server" and self._serve:
             argv = [*self._serve, "--name", SERVICE, "--server", name, "--workers", str(job.workers)]
