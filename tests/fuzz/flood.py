@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ if __name__ == "__main__":  # its directory is in the path then, and not the rep
 
 import zmq
 from tests.fuzz.conftest import Fuzz
+from tests.system.progress import Progress
 
 import onehop
 from onehop.protocol import wire
@@ -44,6 +46,7 @@ SLOW = 1_000
 STALL = 5.0
 STRANGER = b"a-stranger-node-"
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\0" + bytes(31)  # of ZMTP 3.0, whole: 64 bytes
+TO_SERVER, TO_CALLER = "frames to the server", "frames to the caller"
 ENDS_A_LINK = (wire.HELLO, wire.GOODBYE)
 
 REPORT = """
@@ -152,11 +155,11 @@ class Legitimate:
         self._thread.join()
 
 
-def fuzz_server(endpoints: list[str], frames: int, seed: int) -> int:
-    """Send fuzzed messages to each endpoint, over connections that end now and then; returns how many frames."""
-    fuzz, sent = Fuzz(seed, STRANGER), 0
+def fuzz_server(endpoints: list[str], frames: int, seed: int, count: Counter[str]) -> None:
+    """Send fuzzed messages to each endpoint, over connections that end now and then, and count their frames."""
+    fuzz = Fuzz(seed, STRANGER)
     with zmq.Context() as context:
-        while sent < frames:
+        while (sent := count[TO_SERVER]) < frames:
             with context.socket(zmq.DEALER) as dealer:
                 dealer.linger = 0
                 dealer.sndtimeo = dealer.rcvtimeo = 20_000
@@ -165,18 +168,17 @@ def fuzz_server(endpoints: list[str], frames: int, seed: int) -> int:
                 for number in range(min(20_000, frames - sent)):
                     message = fuzz.message()
                     dealer.send_multipart(message)
-                    sent += len(message)
+                    count[TO_SERVER] += len(message)
                     if number % 500 == 499:
                         mark = wire.pack(wire.PING, id=(1 << 62) + number)
                         dealer.send(mark)
                         while dealer.recv_multipart() != [wire.pack(wire.PONG, id=(1 << 62) + number)]:
                             pass
-    return sent
 
 
-def fuzz_caller(directory: str, frames: int, seed: int) -> int:
-    """Be a server that answers with fuzzed frames, to whoever is connected; returns how many frames."""
-    fuzz, sent, ids = Fuzz(seed, STRANGER), 0, iter(range(1, 1 << 62))
+def fuzz_caller(directory: str, frames: int, seed: int, count: Counter[str]) -> None:
+    """Be a server that answers with fuzzed frames, to whoever is connected, and count them."""
+    fuzz, ids = Fuzz(seed, STRANGER), iter(range(1, 1 << 62))
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.linger = 0
         router.set(zmq.ROUTER_MANDATORY, 1)
@@ -185,7 +187,7 @@ def fuzz_caller(directory: str, frames: int, seed: int) -> int:
         registry = LocalRegistry(Settings(run_directory=directory))
         try:
             node, identity, last, silent = b"", None, 1, 0
-            while sent < frames:
+            while count[TO_CALLER] < frames:
                 if identity is None:
                     if silent % 40 == 0:  # nobody comes to it any more: be another
                         node = next(ids).to_bytes(16, "big")
@@ -212,14 +214,13 @@ def fuzz_caller(directory: str, frames: int, seed: int) -> int:
                             if frame[0] in ENDS_A_LINK and fuzz.random.random() < 0.995:
                                 frame[0] = wire.REPLY
                         router.send_multipart([identity, bytes(frame), *message[1:]], zmq.NOBLOCK)
-                        sent += len(message)
+                        count[TO_CALLER] += len(message)
                 except zmq.Again:
                     time.sleep(0.002)
                 except zmq.ZMQError:  # it has hung up
                     identity = None
         finally:
             registry.close()
-    return sent
 
 
 def garbage(place: tuple[int, Any], until: float, rate: float, seed: int) -> int:
@@ -319,8 +320,8 @@ class Flood:
         for _ in range(20):
             legitimate.client.call("echo", 0)
         # What a first of everything takes is taken once.
-        fuzz_server(list(record.endpoints), 2_000, self.seed + 1)
-        fuzz_caller(f"{self.directory}/b", 2_000, self.seed + 1)
+        fuzz_server(list(record.endpoints), 2_000, self.seed + 1, Counter())
+        fuzz_caller(f"{self.directory}/b", 2_000, self.seed + 1, Counter())
         for place in raw:
             garbage(place, time.monotonic() + 0.3, RATE, self.seed)
         slow(raw, SLOW, 0.0)
@@ -337,15 +338,16 @@ class Flood:
 
         began = time.monotonic()
         until = began + self.seconds
-        half = self.frames // 2
+        half, sent = self.frames // 2, Counter[str]()
         threads = [
-            begin("frames to the server", fuzz_server, list(record.endpoints), half, self.seed),
-            begin("frames to the caller", fuzz_caller, f"{self.directory}/b", half, self.seed),
+            begin(TO_SERVER, fuzz_server, list(record.endpoints), half, self.seed, sent),
+            begin(TO_CALLER, fuzz_caller, f"{self.directory}/b", half, self.seed, sent),
             begin("slow connections", slow, raw, SLOW, until),
             *(begin(f"garbage {number}", garbage, place, until, RATE / 3, number) for number, place in enumerate(raw)),
         ]
-        for each in threads:
-            each.join()
+        with Progress(self.frames, "frames", sent.total):
+            for each in threads:
+                each.join()
         seconds = time.monotonic() - began
         legitimate.end()
         after = [legitimate.client.call("report"), beside.call("victim", "report")]
@@ -353,7 +355,7 @@ class Flood:
         volume = sum(each for name, each in results.items() if name.startswith("garbage"))
         server, victim = after
         print(
-            f"{results['frames to the server']} fuzzed frames at a server and {results['frames to the caller']} at a "
+            f"{sent[TO_SERVER]} fuzzed frames at a server and {sent[TO_CALLER]} at a "
             f"caller in {seconds:.1f} s, {volume / 1e6 / self.seconds:.1f} MB/s of garbage for {self.seconds:.0f} s, "
             f"{results['slow connections']} slow connections"
         )
@@ -366,7 +368,7 @@ class Flood:
                 set(a["threads"]) <= set(b["threads"]) for a, b in zip(before, after, strict=True)
             ),
             "memory is bounded": max(grown) * (1 << 20) <= MEMORY,
-            "all frames were sent": results["frames to the server"] + results["frames to the caller"] >= self.frames,
+            "all frames were sent": sent.total() >= self.frames,
             "the client's calls went on": legitimate.failed == [] and legitimate.slowest < STALL,
             "the caller's other calls went on": victim["failed"] == [] and victim["calls"] > before[1]["calls"],
             "bad frames are counted": server["received"]["bad frames"] > half // 10 and victim["bad"] > 0,

@@ -26,8 +26,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # its directory is in the path then, and not the repository
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import msgspec
 import zmq
+from tests.system.progress import Progress
 
 import onehop
 from onehop.registry.local import LocalRegistry
@@ -145,6 +149,7 @@ class Disturbed:
         self.wrong: list[Any] = []
         self.not_run: list[int] = []
         self._lock = threading.Lock()
+        self._ended = 0
 
     def run(self) -> bool:
         """Run it and print the ledger; whether all adds up."""
@@ -179,9 +184,10 @@ class Disturbed:
 
     def _measure(self, node: onehop.Node, direct: onehop.Node, proxy: Proxy) -> bool:
         began = time.monotonic()
-        self._all(node, range(1, self.requests // 5))
-        before = [direct.call("ledger", "report")["resident"], own_memory()]
-        self._all(node, range(self.requests // 5, self.requests + 1))
+        with Progress(self.requests, "requests", lambda: self._ended):
+            self._all(node, range(1, self.requests // 5))
+            before = [direct.call("ledger", "report")["resident"], own_memory()]
+            self._all(node, range(self.requests // 5, self.requests + 1))
         seconds = time.monotonic() - began
         pause = threading.Event()
         pause.wait(10 * LONGEST_DELAY)  # what the proxy still holds
@@ -246,6 +252,7 @@ class Disturbed:
                     self.wrong.append((number, repr(error)))
             except BaseException as error:
                 self.wrong.append((number, repr(error)))
+            self._ended += 1  # not exact under threads, and need not be
         with self._lock:
             self.outcomes += outcomes
             self.not_run += not_run

@@ -22,7 +22,13 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # its directory is in the path then, and not the repository
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.system.progress import Progress
 
 import onehop
 
@@ -112,8 +118,9 @@ class Storm:
         parent, began = node.id, time.monotonic()
         self._fork(0, node, client, parent)  # what is opened once is open from now on
         before = len(os.listdir("/proc/self/fd"))
-        for number in range(1, self.forks):
-            self._fork(number, node, client, parent)
+        with Progress(self.forks, "forks", lambda: len(self.ids)):
+            for number in range(1, self.forks):
+                self._fork(number, node, client, parent)
         seconds = time.monotonic() - began
         after = len(os.listdir("/proc/self/fd"))
         self._stop.set()

@@ -5,10 +5,10 @@
     python tests/system/stress.py --calls 1000000 --threads 64
 
 Beside the threads, which share one node, a loop of the same process has a node of its own, on which as many tasks call
-as there are threads. Calls have random deadlines from half a millisecond to 30 s; some handlers are slow; some requests
-are casts; threads end and others start. At the end stands a ledger in which everything must be accounted for: a request
-without an outcome, a reply to another's request, a request that ran twice, a stall, or a table that is not empty is a
-failure.
+as there are threads; some more of its tasks call on the threads' node, by way of ``asyncio.to_thread``. Calls have
+random deadlines from half a millisecond to 30 s; some handlers are slow; some requests are casts; threads end and
+others start. At the end stands a ledger in which everything must be accounted for: a request without an outcome, a
+reply to another's request, a request that ran twice, a stall, or a table that is not empty is a failure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # its directory is in the path then, and not the repository
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.system.progress import Progress
 
 import onehop
 import onehop.asyncio
@@ -68,6 +76,8 @@ sys.stdin.read()
 
 DEADLINES = (0.0005, 0.001, 0.002, 0.005, *[30.0] * 60)
 STALL = 1.0
+GUESTS = 4
+"""Tasks of the loop that call on the threads' node."""
 
 
 class Stress:
@@ -84,7 +94,7 @@ class Stress:
         self.threads = threads
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[Any] = []
-        self.longest_stalls = [0.0, 0.0]
+        self.longest_stalls = [0.0, 0.0, 0.0]
         self.longest_gap = 0.0
         self.worst_overrun = 0.0
         self._seed = seed
@@ -92,7 +102,7 @@ class Stress:
         self._begun = 0
         self._ended = 0
         self._numbers = 0
-        self._ended_in_loop = 0
+        self._ended_in_loop = [0, 0]
         self.loop_in_flight = -1
 
     def run(self) -> bool:
@@ -116,27 +126,29 @@ class Stress:
                     assert end is not None
                     end.close()
 
-    async def _loop(self) -> None:
+    async def _loop(self, shared: onehop.Client) -> None:
         async with onehop.asyncio.Node() as node:
             assert await node.wait_for("stress", count=2, timeout=10.0)
             client = node.client("stress", timeout=30.0)
-            await asyncio.gather(*(self._task(client) for _ in range(self.threads)))
+            tasks = [self._task(client.call, 0) for _ in range(self.threads)]
+            guests = [self._task(partial(asyncio.to_thread, shared.call), 1) for _ in range(GUESTS)]
+            await asyncio.gather(*tasks, *guests)
             self.loop_in_flight = sum(peer.in_flight for peer in node.statistics().peers)
 
-    async def _task(self, client: onehop.asyncio.Client) -> None:
+    async def _task(self, call: Callable[..., Awaitable[Any]], which: int) -> None:
         while (taken := self._take()) is not None:
             thread, share = taken
             outcomes: Counter[str] = Counter()
             for number in range(share):
                 try:
-                    reply = await client.call("echo", thread, number, 0)
+                    reply = await call("echo", thread, number, 0)
                     outcomes["replied"] += 1
                     if reply != [thread, number]:
                         self.wrong.append((thread, number, reply))
                 except BaseException as error:
                     self.wrong.append((thread, number, repr(error)))
                 self._ended += 1
-                self._ended_in_loop += 1
+                self._ended_in_loop[which] += 1
             with self._lock:
                 self.outcomes += outcomes
 
@@ -156,14 +168,15 @@ class Stress:
         client.call("echo", -1, 0, 0), client.call("echo", -1, 1, 0)
         began = time.monotonic()
         slots = [threading.Thread(target=self._slot, args=(client,)) for _ in range(self.threads)]
-        slots.append(threading.Thread(target=lambda: asyncio.run(self._loop())))
+        slots.append(threading.Thread(target=lambda: asyncio.run(self._loop(client))))
         watcher = threading.Thread(target=self._watch, args=(slots,))
-        for each in slots:
-            each.start()
-        watcher.start()
-        for each in slots:
-            each.join()
-        watcher.join()
+        with Progress(self.calls, "calls", lambda: self._ended):
+            for each in slots:
+                each.start()
+            watcher.start()
+            for each in slots:
+                each.join()
+            watcher.join()
         seconds = time.monotonic() - began
         return self._judge(node, client, seconds)
 
@@ -207,18 +220,18 @@ class Stress:
             self.worst_overrun = max(self.worst_overrun, worst)
 
     def _watch(self, slots: list[threading.Thread]) -> None:
-        """The longest time in which no call at all ended, and in which none of the loop did."""
+        """The longest times in which no call ended: of all, of the loop, and of the loop on the threads' node."""
         began = time.monotonic()
-        last, changed, looked = [-1, 0], [began, began], began
+        last, changed, looked = [-1, 0, 0], [began] * 3, began
         pause = threading.Event()
         while any(each.is_alive() for each in slots):
             pause.wait(0.02)
-            now, ended = time.monotonic(), [self._ended, self._ended_in_loop]
+            now, ended = time.monotonic(), [self._ended, *self._ended_in_loop]
             self.longest_gap, looked = max(self.longest_gap, now - looked), now
-            for which in (0, 1):
-                if which == 0 or (ended[1] > 0 and slots[-1].is_alive()):
+            for which in range(3):
+                if which == 0 or (ended[which] > 0 and self._begun < self.calls):
                     self.longest_stalls[which] = max(self.longest_stalls[which], now - changed[which])
-                if ended[which] != last[which] or ended[1] == 0:
+                if ended[which] != last[which] or ended[which] == 0:
                     last[which], changed[which] = ended[which], now
 
     def _judge(self, node: onehop.Node, client: onehop.Client, seconds: float) -> bool:
@@ -237,8 +250,9 @@ class Stress:
             print(f"  {outcome}: {count}")
         print(f"  ran: {ran} calls, {casts} casts | late replies dropped: {sum(peer.late for peer in now.peers)}")
         print(
-            f"  longest stall {self.longest_stalls[0]:.3f} s, of the loop's {self._ended_in_loop} calls "
-            f"{self.longest_stalls[1]:.3f} s; worst overrun of a deadline {self.worst_overrun:.3f} s"
+            f"  longest stall {self.longest_stalls[0]:.3f} s, of the loop's {self._ended_in_loop[0]} calls "
+            f"{self.longest_stalls[1]:.3f} s, of its {self._ended_in_loop[1]} on the threads' node "
+            f"{self.longest_stalls[2]:.3f} s; worst overrun of a deadline {self.worst_overrun:.3f} s"
         )
         print(f"  longest time in which who watches was not run itself: {self.longest_gap:.3f} s")
         for each in reports:
