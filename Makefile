@@ -1,4 +1,4 @@
-# Four commands do everything: make demo, make test, make soak, make bench. They need python3 (3.11 or later) with venv, and make.
+# make demo, make test and so on: make alone lists them. They need python3 (3.11 or later) with venv, and make.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -46,7 +46,7 @@ soak: $(STAMP)  ## half an hour of load and churn, then the long forms of what m
 
 compare: $(STAMP)  ## the same kills over rabbit:// and over zmq://, about 20 min: the table that opens docs/reliability
 	@bash tests/system_packages.sh
-	@$(BIN)/python -m tests.system.compared --write docs/reliability/index.md
+	@$(BIN)/python -m tests.system.compared --seconds 30 --rounds 3 --write docs/reliability/index.md
 
 fuzz: $(STAMP)  ## a million fuzzed frames, 10 MB/s of garbage, a million requests that come up to three times; 15 min
 	@$(BIN)/python tests/fuzz/flood.py --frames 1000000 --seconds 60

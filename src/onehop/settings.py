@@ -50,7 +50,7 @@ class Settings:
     )
     timeout: float = _setting(60.0, "deadline of a call that names none, in seconds")
     ready_timeout: float = _setting(1.0, "how long a call waits for somebody to offer the service, in seconds")
-    drain_timeout: float = _setting(10.0, "how long a drain waits for taken requests to be answered, in seconds")
+    drain_timeout: float = _setting(9.0, "how long a drain waits for taken requests to be answered, in seconds")
     workers: int = _setting(8, "threads that run the handlers of one service")
     inbox_messages: int = _setting(10_000, "requests taken in and not answered, at most")
     inbox_bytes: int = _setting(256 * 1024 * 1024, "bytes of requests taken in and not answered, at most")

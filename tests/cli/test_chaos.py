@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,16 @@ class Liar(Onehop):
             methods["call"](request)
             return methods["call"](request)
         return super().serve(name, {**methods, "call": twice})
+"""
+
+MIXING = """
+from onehop.testing.chaos.programs import Onehop
+
+class Mixing(Onehop):
+    first = {}
+
+    def call(self, method, *arguments, timeout):
+        return self.first.setdefault(method, super().call(method, *arguments, timeout=timeout))
 """
 
 
@@ -94,6 +105,39 @@ def test_a_ledger_that_does_not_balance_is_told_and_fails(
     assert "The ledger does not balance" in out
     assert "it was run 2 times: call caller-1:" in err.splitlines()[-1]
     assert "run it again with --seed 3" in err.splitlines()[-1]
+
+
+def test_a_reply_to_another_request_does_not_balance(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mixing.py").write_text(MIXING)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    process = start("chaos", "--seconds", 4, "--rate", 50, "--over", "mixing:Mixing", "--fault", "hang", cwd=tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"server-\d\(caller-1:\d+\) answered it and did not run it: ", err.splitlines()[-1])
+
+
+def test_a_process_that_ends_by_itself_fails_the_run_and_is_named(
+    start: Callable[..., subprocess.Popen[str]], eventually: Callable[..., None]
+) -> None:
+    process = start("chaos", "--seconds", 6, "--rate", 50, "--fault", "roll", "--servers", 1)
+    assert process.stderr is not None
+    while "SIGTERM" not in (line := process.stderr.readline()):
+        assert line
+    (caller,) = [each for each in descendants(process.pid) if b"caller-1" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    os.kill(caller, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"caller-1 (pid {caller}) has ended by itself" in err.splitlines()[-1]
+
+
+def test_settings_of_other_nodes_are_none_of_a_run(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEHOP_REGISTRY", "redis://127.0.0.1:1/")
+    ended = run("chaos", "--seconds", 4, "--rate", 20, "--fault", "hang", "--json")
+    assert (ended.code, ended.json["breaches"]) == (0, []), ended
+    ended = run("chaos", "--registry", "redis://127.0.0.1:1/")
+    assert (ended.code, ended.sentence.partition(":")[0]) == (2, "--registry")
 
 
 def test_outage_of_the_registry_fails_nothing_in_either_face(run: Callable[..., Any]) -> None:

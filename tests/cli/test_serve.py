@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,22 @@ def test_second_signal_ends_at_once(
     eventually(lambda: not [view for view in node.servers("clock") if view.state == "serving"])
     process.send_signal(signal.SIGTERM)
     assert process.wait(5) == 128 + signal.SIGTERM
+    with pytest.raises(PeerLost):
+        call.result()
+
+
+def test_serve_ends_within_ten_seconds_of_sigterm_whatever_its_handlers_do(
+    start: Callable[..., Any], here: Any, make_node: Callable[..., Node], background: Any
+) -> None:
+    process = start("serve", "watch:Clock", cwd=here)
+    ready(process)
+    call = background(make_node().call, "clock", "slow", 60)
+    assert ready(process) == "entered\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert ready(process) == "draining; a second Ctrl-C ends it at once\n"
+    assert process.wait(15) == 1
+    assert 8.0 < time.monotonic() - began < 10.0
     with pytest.raises(PeerLost):
         call.result()
 

@@ -56,7 +56,9 @@ def cut(network: Network, serving: Any) -> None:
 # Who hangs ----------------------------------------------------------------------------------------
 
 
-def test_a_server_whose_workers_hang_is_not_asked_until_they_move_again(node, gate, background, eventually) -> None:
+def test_a_server_whose_workers_hang_is_not_asked_until_they_move_again(
+    node, gate, background, eventually, caplog
+) -> None:
     hung, well, calling = node(), node(), node()
     hung.serve("clock", {"hold": gate.hold, "read": lambda: "hung"}, server="hung", workers=2)
     well.serve("clock", {"read": lambda: "well"}, server="well")
@@ -71,6 +73,13 @@ def test_a_server_whose_workers_hang_is_not_asked_until_they_move_again(node, ga
     assert sorted(each.result() for each in held) == [0, 1], "what it had taken it still answers"
     eventually(lambda: state_of(calling, hung) == "ready", 5.0)
     assert {client.call("read") for _ in range(20)} == {"hung", "well"}
+
+    def said() -> list[str]:
+        return [each.getMessage() for each in caplog.records if hung.id[:8] in each.getMessage()]
+
+    eventually(lambda: len(said()) == 2, 2.0)
+    assert "is stalled: it has not answered" in said()[0], "each change is told once"
+    assert "answers again" in said()[1]
 
 
 def test_where_everybody_hangs_they_are_asked_all_the_same(node, gate, background, eventually) -> None:

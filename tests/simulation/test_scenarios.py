@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from onehop.errors import Rejected
@@ -380,24 +382,18 @@ def test_a_thousand_callers_of_a_server_that_starts_anew_come_back_in_turn(world
         for start in (0.0, *(1.0 + period * count for count in range(int(15 / period)))):
             at = start + number / 1_000 * (period if start else 1.0)
             world.call(caller, "echo", at=at, timeout=60.0, ready_timeout=1.0)
-    opened: list[float] = []
-    inner = world.network.connect
-
-    def connect(site: int, endpoint: str) -> object:
-        opened.append(world.now)
-        return inner(site, endpoint)
-
-    world.network.connect = connect  # type: ignore[method-assign, assignment]
     world.crash(server, at=3.0)
     world.restart(server, at=4.0)
-    world.run(until=19.0)
+    opened = []
+    for second in range(3, 20):
+        world.run(until=float(second))
+        opened.append(world.network.opened_links)
     world.settle()
-    returned = [time for time in opened if time >= 3.0]
-    assert len(returned) >= 1_000
-    assert max(returned) < 3.0 + 15.0
-    busiest = max(sum(start <= time < start + 1.0 for time in returned) for start in range(3, 19))
-    assert busiest < 300, f"{busiest} connections in one second, {len(returned)} in all"
-    assert len(returned) < 2_500
+    returned = world.network.opened_links - opened[0]
+    assert 1_000 <= returned < 2_500
+    assert opened[-1] == opened[-2] == world.network.opened_links, "all are back before the 18th second"
+    busiest = max(then - before for before, then in pairwise(opened))
+    assert busiest < 300, f"{busiest} connections in one second, {returned} in all"
     last = [entry for caller in callers for entry in [world.call(caller, "echo", at=world.now, timeout=5.0)]]
     world.settle()
     assert {entry.outcome for entry in last} == {"replied"}

@@ -33,7 +33,7 @@ from tests.registry.servers import Redis
 from tests.system.over_oslo import NAMED
 from tests.system.rows import NOISY, ONLY_CALLS, WORK
 
-from onehop.cli.demo import terminated_as_interrupted
+from onehop.cli.console import terminated_as_interrupted
 from onehop.testing.chaos import figures, plan
 from onehop.testing.chaos.cluster import Cluster
 from onehop.testing.ledger import FAILED, REPLIED, Ledger

@@ -31,7 +31,7 @@ if __name__ == "__main__":  # its directory is in the path then, and not the rep
 
 import msgspec
 import zmq
-from tests.system.progress import Progress
+from tests.system.progress import Progress, end_with
 
 import onehop
 from onehop.registry.local import LocalRegistry
@@ -89,6 +89,11 @@ class Proxy:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
+
+    @property
+    def holds(self) -> bool:
+        """Whether it still has messages."""
+        return bool(self._waiting)
 
     def _disturb(self, target: Any, message: list[bytes]) -> None:
         self.forwarded += 1
@@ -189,13 +194,14 @@ class Disturbed:
             before = [direct.call("ledger", "report")["resident"], own_memory()]
             self._all(node, range(self.requests // 5, self.requests + 1))
         seconds = time.monotonic() - began
-        pause = threading.Event()
-        pause.wait(10 * LONGEST_DELAY)  # what the proxy still holds
+        sure = self.outcomes["replied"] + self.outcomes["cast taken"]
+        until = time.monotonic() + OUTCOME_WITHIN
         report = direct.call("ledger", "report")
+        while (proxy.holds or report["taken"] or report["ran"] < sure) and time.monotonic() < until:
+            report = direct.call("ledger", "report")
         after = [report["resident"], own_memory()]
         ran_in_vain = [number for number in self.not_run if direct.call("ledger", "ran", number)]
         late = sum(peer.late for peer in node.statistics().peers)
-        sure = self.outcomes["replied"] + self.outcomes["cast taken"]
         unknown = sum(count for outcome, count in self.outcomes.items() if outcome.endswith("unknown"))
         grown = [(b - a) / (1 << 20) for a, b in zip(before, after, strict=True)]
         print(
@@ -262,14 +268,14 @@ def own_memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--threads", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    return 0 if Disturbed(options.requests, options.threads, options.seed).run() else 1
+    end_with(Disturbed(options.requests, options.threads, options.seed).run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

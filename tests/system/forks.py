@@ -28,7 +28,7 @@ from typing import Any
 if __name__ == "__main__":  # its directory is in the path then, and not the repository
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.system.progress import Progress
+from tests.system.progress import Progress, end_with, interrupted
 
 import onehop
 
@@ -42,7 +42,6 @@ print("serving", flush=True)
 sys.stdin.read()
 """
 KINDS = ("uses the node", "uses a node of its own", "serves", "closes the node", "does nothing")
-STALL = 1.0
 
 
 def as_child(kind: str, number: int, node: onehop.Node, client: onehop.Client, parent: str) -> str:
@@ -121,6 +120,8 @@ class Storm:
         with Progress(self.forks, "forks", lambda: len(self.ids)):
             for number in range(1, self.forks):
                 self._fork(number, node, client, parent)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
         seconds = time.monotonic() - began
         after = len(os.listdir("/proc/self/fd"))
         self._stop.set()
@@ -202,18 +203,22 @@ class Storm:
             return len(children.read().split()) > 1
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--forks", type=int, default=150)
     parser.add_argument("--threads", type=int, default=32)
     options = parser.parse_args()
-    directory = tempfile.mkdtemp(prefix="oh-", dir="/tmp")
-    os.environ["ONEHOP_RUN_DIRECTORY"] = directory
-    try:
-        return 0 if Storm(options.forks, options.threads).run() else 1
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+
+    def run() -> bool:
+        directory = tempfile.mkdtemp(prefix="oh-", dir="/tmp")
+        os.environ["ONEHOP_RUN_DIRECTORY"] = directory
+        try:
+            return Storm(options.forks, options.threads).run()
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    end_with(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

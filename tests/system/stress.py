@@ -32,7 +32,7 @@ from typing import Any
 if __name__ == "__main__":  # its directory is in the path then, and not the repository
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.system.progress import Progress
+from tests.system.progress import Progress, end_with
 
 import onehop
 import onehop.asyncio
@@ -213,7 +213,7 @@ class Stress:
                 try:
                     client.cast("note", thread, number)
                     outcomes["cast"] += 1
-                except onehop.CallError as error:
+                except onehop.OnehopError as error:
                     self.wrong.append((thread, number, repr(error)))
         with self._lock:
             self.outcomes += outcomes
@@ -276,19 +276,23 @@ class Stress:
         return all(checks.values())
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    directory = tempfile.mkdtemp(prefix="oh-", dir="/tmp")
-    os.environ["ONEHOP_RUN_DIRECTORY"] = directory
-    try:
-        return 0 if Stress(options.calls, options.threads, options.seed).run() else 1
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+
+    def run() -> bool:
+        directory = tempfile.mkdtemp(prefix="oh-", dir="/tmp")
+        os.environ["ONEHOP_RUN_DIRECTORY"] = directory
+        try:
+            return Stress(options.calls, options.threads, options.seed).run()
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    end_with(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -26,6 +26,8 @@ from onehop.registry.view import CACHE_PERIOD
 
 DESCRIPTORS, STRANGERS = 256, 400
 CPU_SHARE, ALERT_WITHIN = 0.2, 5.0
+UNAFFECTED = 1.0
+"""Seconds that no call of a known peer takes; what other tests hold a process up for is below that."""
 
 LIMITED_SERVER = """
 import json, logging, resource
@@ -166,7 +168,7 @@ def test_more_clients_than_descriptors_are_turned_away_and_harm_nobody(
                 make_node(timeout=2.0, **limited.settings).call("clock", "echo", 1)
             except CallError as error:
                 outcome = error.executed
-            assert outcome == "no" or limited.settings
+            assert outcome in (("served", "no", "unknown") if limited.settings else ("no",))
         gone = time.monotonic()
         late = make_node(timeout=20.0, **limited.settings)
         eventually(lambda: "accepted again" in limited.log.read_text(), within=10.0)
@@ -180,7 +182,9 @@ def test_more_clients_than_descriptors_are_turned_away_and_harm_nobody(
             f"the slowest {callers.slowest * 1000:.0f} ms; a new client served {recovered:.1f} s after the others left"
         )
     assert callers.failed == []
+    assert callers.slowest < UNAFFECTED
     assert share < CPU_SHARE
+    assert away > 0 or not limited.settings, "who comes over TCP is seen to be turned away"
     assert limited.log.read_text().count("turned away until") == 1, "logged once"
     assert after["dropped"]["times that listening ended for want of descriptors"] == 1
 
@@ -208,9 +212,11 @@ def test_a_process_that_has_opened_all_its_descriptors_goes_on_with_whom_it_know
     with capsys.disabled():
         print(
             f"\nR14: a process that holds {held} descriptors more, and so all: {share:.1%} of a processor, "
-            f"{callers.done} calls of a known peer, {len(callers.failed)} failed"
+            f"{callers.done} calls of a known peer, {len(callers.failed)} failed, the slowest "
+            f"{callers.slowest * 1000:.0f} ms"
         )
     assert callers.failed == []
+    assert callers.slowest < UNAFFECTED
     assert share < CPU_SHARE
     assert "Traceback" not in limited.log.read_text()
 

@@ -13,8 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from onehop import SettingsError
-from onehop.cli.console import FAILED, AsJson, complain, print_json, print_table
-from onehop.cli.demo import terminated_as_interrupted
+from onehop.cli.console import FAILED, AsJson, complain, print_json, print_table, terminated_as_interrupted
 from onehop.testing.chaos import figures, plan
 from onehop.testing.chaos.cluster import Cluster
 from onehop.testing.hosts import Hosts, HostsUnavailable
@@ -27,6 +26,7 @@ BREACHES_SHOWN = 10
 
 
 def chaos(
+    context: typer.Context,
     seed: Annotated[int, typer.Option(help="The same seed gives the same plan of faults.")] = 1,
     seconds: Annotated[float, typer.Option(min=4.0, help="How long the load lasts.")] = 30.0,
     servers: Annotated[int, typer.Option(min=1, help="How many servers, each a process.")] = 3,
@@ -50,13 +50,16 @@ def chaos(
     """Run servers and callers as processes, disturb the servers by a plan drawn from a seed, and balance the ledger.
 
     Servers are killed (kill), stopped (pause), restarted in order (roll), or all their workers wait for a lock
-    (hang). With --hosts, their hosts are cut off both ways (cut) or one way (one-way), lose packets (lossy) or lose
-    their power (power). One server at least is left alone at any time.
+    (hang). With --hosts, their hosts are cut off both ways (cut) or one way (one-way, deaf), lose packets (lossy) or
+    lose their power (power). One server at least is left alone at any time.
     With --fault registry, a Redis server of the run's own is the registry, on this host alone; it is killed, and
     comes back without what it knew.
     Every call, idempotent call and cast stands in the ledger, with its outcome and each of its executions; exit
     code 1 if it does not balance.
     """
+    if context.obj:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in context.obj)
+        raise SettingsError(f"{given}: is of no use here; the nodes of a run are told all by the run")
     kinds = checked(fault, hosts)
     faults = plan.draw(seed, seconds, servers, kinds)
     if in_loop > callers:

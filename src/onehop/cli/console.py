@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import math
+import signal
 import sys
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -45,6 +48,23 @@ def open_node(context: typer.Context, **more: Any) -> Node:
         SettingsError: one of them, or a variable ``ONEHOP_*``, does not fit.
     """
     return Node(**{**(context.obj or {}), **more})
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Have SIGTERM end the command as Ctrl-C does, so that its processes and its directories go."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def out() -> Console:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onehop import OnehopError, SettingsError
-from onehop.cli.console import FAILED, AsJson, complain, out, print_json, print_table
+from onehop.cli.console import FAILED, AsJson, complain, out, print_json, print_table, terminated_as_interrupted
 from onehop.cli.demo_ledger import AFTER_A_POWER_CUT, SERVERS, Ledger, Outage, percentile
 from onehop.settings import redacted
 from onehop.testing.hosts import Host, Hosts, HostsUnavailable
@@ -150,23 +149,6 @@ def without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Have SIGTERM end the demo as Ctrl-C does, so that its processes and its directory go."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Child:

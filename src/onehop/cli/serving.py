@@ -50,6 +50,8 @@ def serve(
             else:
                 print(f"serving {offered.service!r} as server {offered.name!r}; Ctrl-C ends it", flush=True)
             stops.get()
+            if node.statistics().taken and not as_json:
+                print("draining; a second Ctrl-C ends it at once", flush=True)
             if not node.drain():
                 complain(f"not everything was answered within drain_timeout ({node.settings.drain_timeout:g} s)")
                 raise typer.Exit(FAILED)

@@ -54,6 +54,7 @@ _IN_VAIN = 8  # so many were in vain
 _SWEEP = 0.5  # seconds between two looks for the silent
 _LOOK_FOR_REALM = 0.2  # seconds until another look whether this host has nodes of a realm by now
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+_LAST = 16  # descriptors left to others, who need few to get out of want; a new one's number is the lowest that is free
 _ADVICE = "choose another port (the first of the setting ports, or in the registry's URL) on all hosts"
 
 _log = logging.getLogger(__name__)
@@ -408,11 +409,13 @@ class Directory(Loop):
                 return
             except OSError as error:
                 if error.errno in _OUT_OF_DESCRIPTORS:  # they wait at the door until the next sweep
-                    self._refuse(f"this process has no room for a connection: {error.strerror}")
-                    self.selector.unregister(listener)
-                    self._listeners[listener] = False
+                    self._shut_the_door(listener, error.strerror)
                     return
                 continue  # it ended before it was taken
+            if connection.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _LAST:
+                connection.close()
+                self._shut_the_door(listener, "only its last descriptors are left")
+                return
             if len(self._clients) >= self._most:
                 self._refuse(f"there are {self._most} connections already")
                 connection.close()
@@ -424,6 +427,12 @@ class Directory(Loop):
                 connection.close()
                 continue
             self._clients.add(client)
+
+    def _shut_the_door(self, listener: socket.socket, why: str | None) -> None:
+        """Whoever comes waits until the next sweep."""
+        self._refuse(f"this process has no room for a connection: {why}")
+        self.selector.unregister(listener)
+        self._listeners[listener] = False
 
     def _attend(self, client: _Client, events: int, now: float) -> None:
         try:

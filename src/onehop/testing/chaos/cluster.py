@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
@@ -22,6 +23,7 @@ from typing import Any, Self
 import msgspec
 
 from onehop.errors import OnehopError
+from onehop.settings import ENVIRONMENT_PREFIX, Settings
 from onehop.testing.chaos import plan
 from onehop.testing.chaos.plan import Fault
 from onehop.testing.chaos.programs import LEDGER, NAME, SERVICE, Job
@@ -32,6 +34,8 @@ START_LIMIT, END_LIMIT = 60.0, 30.0
 LOSS, DELAY = 0.2, 0.2
 PROGRAM = (sys.executable, "-m", "onehop.testing.chaos.programs")
 HOSTS_IN_THE_URL = 5
+SETTINGS = {ENVIRONMENT_PREFIX + each.name.upper() for each in fields(Settings)}
+"""Variables that are meant for other nodes of whoever starts a run, and not for its processes."""
 IN_LOOP = "onehop.testing.chaos.programs:OnehopInLoop"
 REGISTRY_PORTS = range(15_000, 32_000)
 """Outside the ephemeral range: no connection takes the port while the registry is down."""
@@ -55,11 +59,12 @@ class Program:
         self.host = host
         self.ready = threading.Event()
         self._log = log
+        inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
         start: Callable[..., subprocess.Popen[str]] = subprocess.Popen if host is None else host.start
         with open(log, "ab") as errors:
             self.process = start(
                 list(argv),
-                env={**os.environ, **env} if host is None else env,
+                env={**inherited, **env} if host is None else env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -89,10 +94,17 @@ class Program:
                 raise OnehopError(f"{self.name} did not start: {self.last_words()}")
 
     def tell(self, word: str) -> None:
-        """A word on its standard input."""
+        """A word on its standard input.
+
+        Raises:
+            OnehopError: it has ended; with its last words.
+        """
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{word}\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(f"{word}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise OnehopError(f"{self.name} (pid {self.pid}) has ended by itself: {self.last_words()}") from None
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal, unless it has ended."""
@@ -273,11 +285,22 @@ class Cluster:
         self._wait(self.callers, self._job.get("timeout", 5.0) + END_LIMIT)
 
     def stop(self) -> Ledger:
-        """:meth:`quiet`, then the servers end in order; returns the ledger."""
+        """:meth:`quiet`, then the servers end in order; returns the ledger.
+
+        Raises:
+            OnehopError: a process that nobody struck did not end well.
+        """
         self.quiet()
         for each in self.servers:
             each.signal(signal.SIGTERM)
         self._wait(self.servers, END_LIMIT)
+        struck = {each.pid for each in self.outages if each.lethal}
+        for each in [*self.callers, *self.servers]:
+            if each.process.returncode != 0 and each.pid not in struck:
+                raise OnehopError(
+                    f"{each.name} (pid {each.pid}) ended with {each.process.returncode}, and nobody struck it: "
+                    f"{each.last_words()}"
+                )
         return read(self.directory)
 
     def _wait(self, programs: Iterable[Program], limit: float) -> None:
@@ -402,6 +425,10 @@ class Cluster:
             hosts.power_off(host)
         elif kind == plan.LOSSY:
             impair(LOSS, DELAY)
+        elif kind == plan.DEAF:
+            for other in hosts:
+                if other is not host:
+                    hosts.cut(other, host, one_way=True)
         else:
             hosts.cut(host, one_way=kind == plan.ONE_WAY)
         return heal

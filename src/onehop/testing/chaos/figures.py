@@ -82,11 +82,12 @@ def p99(entries: Iterable[Entry]) -> float:
 
 
 def settled(ledger: Ledger, since: float, until: float, bound: float) -> float | None:
-    """How long after ``since`` the 99th percentile is at most ``bound``; None where it is not so before ``until``."""
+    """How long after ``since`` the 99th percentile is at most ``bound``, of what is sent from then until ``until``;
+    None where it never is."""
     at = since
     while at < until:
-        window = begun(ledger, at, at + WINDOW)
-        if len(window) >= FEW and p99(window) <= bound:
+        rest = begun(ledger, at, until)
+        if len(rest) >= FEW and p99(rest) <= bound:
             return at - since
         at += WINDOW
     return None
@@ -112,15 +113,19 @@ def reached(ledger: Ledger, server: str, since: float) -> float | None:
 
 
 def at_full_rate(ledger: Ledger, server: str, since: float, until: float, rate: float) -> float | None:
-    """How long after ``since`` requests are answered at ``rate`` again, ``server`` taking part; None for never."""
+    """How long after ``since`` requests are answered at ``rate`` again, ``server`` taking part, and that stays so until
+    ``until``; None where it does not."""
+    back: float | None = None
     at = since
-    while at < until:
+    while at + 2 * WINDOW <= until:
         window = begun(ledger, at, at + 2 * WINDOW)
         well = sum(each.well for each in window)
-        if well >= 0.9 * rate * 2 * WINDOW and any(run.server == server for each in window for run in each.runs):
-            return at + 2 * WINDOW - since
+        if well < 0.9 * rate * 2 * WINDOW or not any(run.server == server for each in window for run in each.runs):
+            back = None
+        elif back is None:
+            back = at + 2 * WINDOW - since
         at += WINDOW
-    return None
+    return back
 
 
 def again(ledger: Ledger) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 KILL, PAUSE, HANG, ROLL = "kill", "pause", "hang", "roll"
-CUT, ONE_WAY, LOSSY, POWER = "cut", "one-way", "lossy", "power"
+CUT, ONE_WAY, DEAF, LOSSY, POWER = "cut", "one-way", "deaf", "lossy", "power"
 REGISTRY = "registry"
 ON_ONE_HOST = {
     KILL: "kill -9; started again",
@@ -18,6 +18,7 @@ ON_ONE_HOST = {
 BETWEEN_HOSTS = {
     CUT: "its host and the others do not hear each other",
     ONE_WAY: "nothing that its host sends arrives",
+    DEAF: "nothing that is sent to its host arrives",
     LOSSY: "a fifth of what its host sends and hears is lost, the rest is 200 ms late",
     POWER: "its host loses its power; started again with it",
 }

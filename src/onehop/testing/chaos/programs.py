@@ -197,21 +197,21 @@ class Handlers:
         self._lock = threading.Lock()
         self._locked = False
 
-    def _run(self, request: str) -> str:
+    def _run(self, request: str) -> tuple[str, str]:
         self._writer.ran(request)
         if self._locked:
             with self._lock:
                 pass
         if self._seconds:
             sleep(self._seconds)
-        return self._writer.name
+        return self._writer.name, request
 
-    def call(self, request: str) -> str:
-        """A method that must not run twice."""
+    def call(self, request: str) -> tuple[str, str]:
+        """A method that must not run twice. Returns who ran what."""
         return self._run(request)
 
     @onehop.method(idempotent=True)
-    def again(self, request: str) -> str:
+    def again(self, request: str) -> tuple[str, str]:
         """A method that may."""
         return self._run(request)
 
@@ -304,8 +304,9 @@ def send(messages: Messages, writer: Writer, number: int, verb: str, timeout: fl
             messages.cast(CAST, request, timeout=timeout)
             writer.ended(number, TAKEN, "unknown")
         else:
-            by = messages.call(verb, request, timeout=timeout)
-            writer.ended(number, REPLIED, "yes", server=by)
+            by, ran = messages.call(verb, request, timeout=timeout)
+            # Another's reply is put down to nobody who ran this one, which does not balance.
+            writer.ended(number, REPLIED, "yes", server=by if ran == request else f"{by}({ran})")
     except Exception as error:
         reason = getattr(error, "reason", "")
         named = f"{type(error).__name__}{f'({reason})'.replace(' ', '-') if reason else ''}"
