@@ -10,6 +10,8 @@ import pytest
 
 import onehop
 from onehop import CallTimeout, RemoteError
+from onehop.asyncio import Node
+from onehop.testing.memory import Network
 
 
 class Slow:
@@ -226,3 +228,50 @@ async def test_other_waits_can_be_cancelled(node, verb) -> None:
         await task
     if verb != "close":
         assert await calling.servers() == []
+
+
+async def test_coroutine_hears_that_its_caller_is_gone_and_gives_its_room_back(loop_kind: str, until) -> None:
+    told: list[bool] = []
+
+    async def wait() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            told.append(True)
+            raise
+
+    network = Network()
+    async with Node(network=network) as serving:
+        await serving.serve("clock", {"wait": wait})
+        calling = onehop.Node(network=network)
+        call = calling.client("clock", timeout=60.0, monitor=0.4).start
+        await asyncio.to_thread(call, "wait")
+        await until(lambda: serving.statistics().taken == 1)
+        network.carrier.cut(network.endpoint(bytes.fromhex(serving.id)))  # noticed by the next sign of life
+        await until(lambda: told == [True])
+        await until(lambda: serving.statistics().taken == 0)
+        assert await serving.drain(1.0)
+        await asyncio.to_thread(calling.close)
+
+
+async def test_request_that_is_given_up_before_its_task_begins_is_finished_all_the_same(loop_kind: str, until) -> None:
+    begun: list[bool] = []
+
+    async def work() -> None:
+        begun.append(True)
+
+    def factory(loop: asyncio.AbstractEventLoop, steps: Any, **more: Any) -> asyncio.Task[Any]:
+        if getattr(steps, "__name__", "") == "_serve":  # at this moment another thread takes in that its caller gave up
+            request = steps.cr_frame.f_locals["request"]
+            request.cancelled = True
+            request.waiter.release()
+        return asyncio.Task(steps, loop=loop, **more)
+
+    network = Network()
+    async with Node(network=network) as serving, Node(network=network) as calling:
+        await serving.serve("clock", {"work": work})
+        asyncio.get_running_loop().set_task_factory(factory)
+        with pytest.raises(onehop.OnehopError):
+            await calling.client("clock", timeout=0.5).call("work")
+        await until(lambda: serving.statistics().taken == 0)
+        assert begun == []

@@ -11,7 +11,8 @@ import pytest
 
 import onehop
 from onehop import Node
-from onehop.errors import CallTimeout, PeerLost, Rejected
+from onehop.errors import CallError, CallTimeout, PeerLost, Rejected, RemoteError
+from onehop.protocol.liveness import SHORTEST, TIMEOUTS
 from onehop.testing.memory import Network
 
 SOON = 6.0
@@ -59,6 +60,7 @@ def cut(network: Network, serving: Any) -> None:
 def test_a_server_whose_workers_hang_is_not_asked_until_they_move_again(
     node, gate, background, eventually, caplog
 ) -> None:
+    caplog.set_level("INFO", "onehop")
     hung, well, calling = node(), node(), node()
     hung.serve("clock", {"hold": gate.hold, "read": lambda: "hung"}, server="hung", workers=2)
     well.serve("clock", {"read": lambda: "well"}, server="well")
@@ -136,6 +138,81 @@ def test_who_lets_one_call_after_the_other_time_out_is_not_asked_for_a_while(nod
     assert outcomes["unknown"] == 5
     assert outcomes["well"] == 35
     assert state_of(calling, slow) == "stalled"
+
+
+def test_calls_made_in_handlers_with_little_time_left_do_not_make_a_server_stalled(node, gate) -> None:
+    behind, between, calling = node(), node(), node()
+    behind.serve("clock", {"hold": gate.hold, "read": lambda: "well"}, workers=16)
+    client = between.client("clock", timeout=60.0)
+    between.serve("desk", {"ask": lambda method: client.call(method)}, workers=16)
+    asking = calling.client("desk", timeout=5.0)
+    assert asking.call("ask", "read") == "well"
+    for _ in range(2 * TIMEOUTS):
+        with pytest.raises((CallTimeout, RemoteError)):  # whichever of the two is told first
+            asking.options(timeout=SHORTEST / 2).call("ask", "hold")
+    assert state_of(between, behind) == "ready"
+    gate.open.set()
+
+
+def test_streams_that_reach_their_deadline_while_items_come_do_not_make_a_server_stalled(node, background) -> None:
+    serving, calling = node(), node()
+
+    def ticks() -> Iterator[int]:
+        number = 0
+        while True:
+            yield (number := number + 1)
+
+    serving.serve("clock", {"ticks": ticks}, workers=16)
+    client = calling.client("clock", timeout=2 * SHORTEST)
+
+    def read() -> None:
+        with pytest.raises(CallTimeout):
+            for _ in client.stream("ticks"):
+                pass
+
+    reading = [background(read) for _ in range(TIMEOUTS + 1)]
+    for each in reading:
+        each.result()
+    assert state_of(calling, serving) == "ready"
+
+
+def test_answers_that_nobody_reads_are_taken_in_and_their_peer_is_not_blamed(node, eventually) -> None:
+    serving, calling = node(), node()
+    serving.serve("clock", {"read": lambda number: number}, workers=1)
+    client = calling.client("clock", timeout=60.0)
+    calls = [client.start("read", number) for number in range(1_500)]
+    eventually(lambda: [peer.in_flight for peer in calling.statistics().peers] == [0], 3.0)
+    assert state_of(calling, serving) == "ready"
+    assert [each.result() for each in calls] == list(range(1_500))
+
+
+def test_each_thread_that_waits_for_one_call_has_its_result_when_it_comes(node, gate, background, eventually) -> None:
+    serving, calling = node(), node()
+    held, short = gate, type(gate)()
+    serving.serve("clock", {"long": held.hold, "short": short.hold}, workers=4)
+    client = calling.client("clock", timeout=60.0)
+    leading = background(client.call, "long", 1)
+    held.wait_entered()
+    call = client.start("short", 2)
+    waiting = [background(call.result) for _ in range(3)]
+    short.wait_entered()
+    short.open.set()
+    assert [each.result(5.0) for each in waiting] == [2, 2, 2]
+    held.open.set()
+    assert leading.result() == 1
+
+
+def test_stream_cut_by_its_deadline_while_its_server_drains_is_not_told_that_it_did_not_run(
+    in_memory, background, eventually
+) -> None:
+    serving, calling = in_memory(), in_memory()
+    serving.serve("clock", {"count": lambda: iter(range(1_000))})
+    stream = iter(calling.client("clock", timeout=0.5).stream("count"))
+    assert next(stream) == 0
+    assert background(serving.drain, 20.0).result(10.0)
+    with pytest.raises(CallError) as caught:
+        list(stream)
+    assert caught.value.executed == "unknown"
 
 
 # Connections that end under calls -----------------------------------------------------------------

@@ -114,6 +114,31 @@ def test_a_call_is_resumed_under_its_old_number() -> None:
     assert begun(new).id > call.id
 
 
+@pytest.mark.parametrize(
+    ("resumed", "sent", "outcome", "body", "executed"),
+    [
+        (False, False, LOST, "it ended", "no"),
+        (False, True, LOST, "it ended", "unknown"),
+        (False, True, None, None, "unknown"),
+        (False, True, REJECTED, ("full", ""), "no"),
+        (False, True, REJECTED, ("duplicate", ""), "unknown"),
+        # What was sent over a connection before may have run, whatever befalls it on this one.
+        (True, False, LOST, "it ended", "unknown"),
+        (True, False, None, None, "unknown"),
+        (True, True, REJECTED, ("draining", ""), "unknown"),
+        (True, True, REJECTED, ("hello first", ""), "unknown"),
+    ],
+)
+def test_call_without_a_reply_did_not_run_only_where_that_is_certain(
+    resumed: bool, sent: bool, outcome: str | None, body: Any, executed: str
+) -> None:
+    call = Call(wire.REQUEST)
+    if resumed:
+        CallTable().resume(call, 7)
+    call.sent, call.outcome, call.body = sent, outcome, body
+    assert call.executed == executed
+
+
 # Ending -------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from onehop.protocol.calls import REJECTED, REPLIED, TAKEN
 from onehop.protocol.inbox import (
     ADDRESSES_KEPT,
     AGAIN,
+    GIVEN_UP,
     NEW,
     SILENT_AFTER,
     UNKNOWN,
@@ -565,6 +566,28 @@ def test_draining_server_says_goodbye_refuses_what_is_new_and_finishes_what_it_t
     assert (late.outcome, late.body[0]) == (REJECTED, "draining")
     talk.answer(talk.moved[0])
     assert taken.outcome == REPLIED
+
+
+@pytest.mark.parametrize(
+    ("deadline", "cancelled", "now", "is_final"),
+    [
+        (10.0, False, 10.0 + GIVEN_UP - 0.1, False),
+        (10.0, False, 10.0 + GIVEN_UP, True),
+        (None, False, 1e9, False),
+        (10.0, True, 5.0, True),
+    ],
+)
+def test_final_goodbye_does_not_go_to_one_who_may_still_wait_for_what_was_left_unanswered(
+    talk: Any, deadline: float | None, cancelled: bool, now: float, is_final: bool
+) -> None:
+    talk.request()
+    (request,) = talk.moved
+    request.deadline, request.cancelled = deadline, cancelled
+    talk.inbox.leave(request)
+    assert talk.inbox.finish(request)
+    talk.inbox.drain("drained", now, final=True)
+    ((_, frame),) = talk.inbox.outgoing
+    assert wire.is_final(frame) == is_final
 
 
 def senders_alive() -> int:

@@ -207,6 +207,34 @@ def test_stream_whose_item_found_no_room_is_not_ended_as_if_that_had_been_all(in
     assert bench.inbound.counts == {"answers to a peer that does not read": 2}
 
 
+def test_who_runs_a_request_hears_that_its_caller_is_gone_when_a_sign_of_life_tells_so(
+    inbound_bench: InboundBench,
+) -> None:
+    bench = inbound_bench
+    queue = bench.offer("clock")
+    take_in(bench, "clock")
+    request = bench.inbound.take(queue, far())
+    assert request is not None
+    request.waiter = told = threading.Lock()
+    told.acquire()
+    bench.socket.gone.add(b"\0conn")
+    bench.inbound.change(lambda inbox: inbox.outgoing.append((request.identity, wire.pack(wire.PROGRESS, id=1))))
+    assert request.cancelled
+    assert told.acquire(timeout=SOON)
+
+
+def test_signal_handler_in_the_thread_that_receives_waits_for_nothing_for_ever(
+    inbound_bench: InboundBench, eventually
+) -> None:
+    bench = inbound_bench
+    queue = bench.offer("clock")
+    changed = threading.Event()
+    bench.socket.looks.append(lambda: bench.inbound.change(lambda inbox: changed.set()))  # as one that stops a listener
+    take_in(bench, "clock")
+    assert bench.inbound.take(queue, far()) is not None
+    eventually(changed.is_set)
+
+
 # Workers ------------------------------------------------------------------------------------------
 
 SLOW = 0.02  # seconds; far above what counts as quick

@@ -29,20 +29,22 @@ log = logging.getLogger("onehop")
 class _Running:
     """A request that a task runs. Who has news of it (credit, cancellation) calls :meth:`release`, in any thread."""
 
-    __slots__ = ("_stopped", "credit", "engine", "request", "task")
+    __slots__ = ("_stopped", "begun", "credit", "engine", "request", "task")
 
     def __init__(self, engine: LoopEngine, request: Request) -> None:
         self.engine = engine
         self.request = request
         self.credit = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
+        self.begun = False
         self._stopped = False
 
     def release(self) -> None:
         self.engine.call_in_loop(self._told)
 
     def _told(self) -> None:
-        if self.request.cancelled and self.task is not None and not self._stopped:
+        # A task that has not begun would never come to its end, where it answers; it looks by itself when it begins.
+        if self.request.cancelled and self.begun and self.task is not None and not self._stopped:
             self._stopped = True  # a second time would break into what the handler does at its end
             self.task.cancel()
         self.credit.set()
@@ -102,6 +104,7 @@ class Server:
     async def _serve(self, request: Request, running: _Running) -> None:
         inbound = self._queue.inbound
         frame: wire.Frame | None = None
+        running.begun = True
         try:
             if expired(request):
                 frame = wire.reject(request.id, "expired")
@@ -115,6 +118,8 @@ class Server:
                 if request.kind == wire.CAST:
                     self._runner.note_failed(request, error)
         finally:
+            if frame is None and request.kind == wire.REQUEST:
+                inbound.leave(request)  # while its deadline is known
             request.deadline = None  # what the handler left running is not bound by it any more
             inbound.put(request, frame if request.kind == wire.REQUEST else None)
             self._engine.lead_soon()

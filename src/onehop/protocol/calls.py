@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from onehop.errors import WireError
 from onehop.protocol import wire
@@ -42,7 +42,10 @@ class Call:
         granted, arrived: of a stream, how many items were asked for and how many have come.
         signs: progress frames and items heard so far; a change restarts the monitor's clock.
         sent: whether the frame may have left this process.
+        resumed: whether it was sent before, over a connection that ended: nothing that befalls it here says that it did
+            not run.
         given_up: whoever sends passes over it.
+        began: the engine's; when, where its deadline does not tell.
         waiter: the engine's; who is to be woken.
         route: the engine's; where it went.
     """
@@ -56,14 +59,23 @@ class Call:
     arrived = 0
     signs = 0
     sent = False
+    resumed = False
     given_up = False
     waiter: Any = None
+    began: float | None = None
     route: Any = None
 
     def __init__(self, kind: int, deadline: float = float("inf"), size: int = 0) -> None:
         self.kind = kind
         self.deadline = deadline
         self.size = size
+
+    @property
+    def executed(self) -> Literal["no", "unknown"]:
+        """Of a call without a reply: whether it certainly did not run."""
+        if self.outcome == REJECTED:
+            return "unknown" if self.resumed or self.body[0] == "duplicate" else "no"
+        return "unknown" if self.resumed or self.sent else "no"
 
 
 class Room(NamedTuple):
@@ -98,7 +110,7 @@ class CallTable:
         room: what may be under way.
 
     Attributes:
-        replies: how many came.
+        replies: how many came, items included.
         load: requests that wait at the peer, as it told last.
         late: answers that came when their call had ended.
         last: the number drawn last.
@@ -125,7 +137,7 @@ class CallTable:
 
     def resume(self, call: Call, number: int) -> None:
         """Register ``call`` under the number of a call of a connection that has ended, whose request it is."""
-        call.id = number
+        call.id, call.resumed = number, True
         self.pending[number] = call
 
     def full(self, size: int) -> bool:
@@ -249,6 +261,7 @@ class CallTable:
                     wrong = f"item {call.arrived} is missing" if ahead else "which was not asked for"
                     self._end(id, None, LOST, f"item {call.arrived + ahead} of the stream came, {wrong}", moved)
                     return True
+                self.replies += 1
                 call.arrived += 1
                 call.items.append(frame[wire.HEADER_SIZE :] if body is None else body)
             call.signs += 1

@@ -26,6 +26,8 @@ SHORTEST_BEAT = 0.05
 """Seconds between two heartbeats of a request, at least: a caller must not keep the server busy with them."""
 WINDOW_KEPT = 600.0
 """Seconds for which a window outlives the last connection of its sender."""
+GIVEN_UP = 2.0
+"""Seconds after its deadline within which a caller has given a call up."""
 ADDRESSES_KEPT = 4096
 WINDOWS_KEPT = 65_536
 """At most; beyond them the oldest go."""
@@ -101,9 +103,10 @@ class Sender:
         taken, taken_bytes: requests taken in from it and not finished, and their bytes.
         echo: whether a worker owes it an answer to an echo.
         over: whether it has ended.
+        left_until: when no call waits any more that was left without an answer.
     """
 
-    __slots__ = ("calls", "echo", "heard", "host", "node", "over", "taken", "taken_bytes", "window")
+    __slots__ = ("calls", "echo", "heard", "host", "left_until", "node", "over", "taken", "taken_bytes", "window")
 
     def __init__(self, node: bytes, host: str, window: Window, heard: float) -> None:
         self.node = node
@@ -112,6 +115,7 @@ class Sender:
         self.heard = heard
         self.taken = self.taken_bytes = 0
         self.echo = self.over = False
+        self.left_until = 0.0
         self.calls: dict[int, Request] = {}
 
 
@@ -514,6 +518,12 @@ class Inbox:
             self._beats.pop(request, None)
         return True
 
+    def leave(self, request: Request) -> None:
+        """``request`` gets no answer, though its caller may wait for one."""
+        if not request.cancelled:
+            until = float("inf") if request.deadline is None else request.deadline + GIVEN_UP
+            request.sender.left_until = max(request.sender.left_until, until)
+
     def gone(self, identity: bytes) -> list[Request]:
         """The connection ended: forget it, and cancel what it still waited for; returns those requests."""
         sender = self.senders.pop(identity, None)
@@ -530,15 +540,19 @@ class Inbox:
             self._beats.pop(request, None)
         return orphans
 
-    def drain(self, text: str = "", *, final: bool = False) -> None:
+    def drain(self, text: str = "", now: float = 0.0, *, final: bool = False) -> None:
         """Take in nothing more, and say so to every connection.
 
         Args:
-            final: everything taken is answered, so that what a caller still waits for certainly did not run.
+            final: everything taken is answered, so that what a caller still waits for certainly did not run. It is not
+                said to one that may still wait for what was left without an answer.
         """
         self.draining = True
         self._direct.clear()
-        self.outgoing.extend((identity, wire.goodbye(text, final=final)) for identity in self.senders)
+        self.outgoing.extend(
+            (identity, wire.goodbye(text, final=final and sender.left_until <= now))
+            for identity, sender in self.senders.items()
+        )
 
     def handle_timer(self, now: float) -> None:
         """Heartbeats that are due for monitored requests, and probes of silent connections."""

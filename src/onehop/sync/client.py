@@ -13,6 +13,7 @@ from onehop.protocol import wire
 from onehop.protocol.calls import FAILED, REPLIED
 from onehop.transport.blocking import BlockingEngine, run
 from onehop.transport.requests import Attempt, describe
+from onehop.transport.waiting import new_lock
 
 if TYPE_CHECKING:
     from onehop.sync.node import Node
@@ -150,6 +151,7 @@ class Call:
         self._engine = engine
         self._attempt = attempt
         self._cancelled = False
+        self._waiting = new_lock()
 
     @property
     def done(self) -> bool:
@@ -161,7 +163,8 @@ class Call:
     def result(self) -> Any:
         """Wait for the reply and return it; raises as :meth:`Client.call`, and CallCancelled after :meth:`cancel`."""
         try:
-            run(self._engine.outcome(self._attempt))
+            with self._waiting:  # one thread at a time: of several the engine would wake one
+                run(self._engine.outcome(self._attempt))
         except CallError as error:
             if self._cancelled:
                 raise CallCancelled(f"{self._attempt} was cancelled here") from error
@@ -190,6 +193,7 @@ class Stream(Iterator[Any]):
         self._credit = client._node.settings.stream_credit
         self._read = 0
         self._ended = False
+        self._reading = new_lock()
         self._grant(self._credit)
 
     def _grant(self, items: int) -> None:
@@ -205,6 +209,10 @@ class Stream(Iterator[Any]):
         Raises:
             StopIteration: the handler ended. Otherwise as :meth:`Client.call`.
         """
+        with self._reading:  # as in Call.result
+            return self._next()
+
+    def _next(self) -> Any:
         call = self._attempt.call
         items = call.items
         assert items is not None

@@ -390,16 +390,14 @@ class VirtualEngine:
             link.calls.give_up(call)
             if call.sent:
                 link.post(None, wire.pack(wire.CANCEL, id=id))
-            return CallTimeout("it did not answer in time", executed="unknown" if call.sent else "no")
+            return CallTimeout("it did not answer in time", executed=call.executed)
         if call.outcome == REJECTED:
             reason, text = call.body
             if reason == "hello first":
                 self.lost(link, "it does not know this connection any more")
-            return Rejected(
-                f"refused: {reason} ({text})", reason=reason, executed="unknown" if reason == "duplicate" else "no"
-            )
+            return Rejected(f"refused: {reason} ({text})", reason=reason, executed=call.executed)
         if call.outcome == LOST:
-            return PeerLost(f"lost: {call.body}", executed="unknown" if call.sent else "no")
+            return PeerLost(f"lost: {call.body}", executed=call.executed)
         return None
 
     def _resume(
@@ -616,7 +614,7 @@ class VirtualEngine:
             self.clock.after(TICK, self._drained, until)
             return
         if not self.protocol.inbox.taken:
-            self.protocol.inbox.drain("drained", final=True)
+            self.protocol.inbox.drain("drained", self.clock.now, final=True)
             self._send_outgoing()
         self.close()
 

@@ -32,6 +32,8 @@ from onehop.transport.waiting import LONGEST_WAIT, PATIENCE, Wake, Watch, acquir
 
 Result = TypeVar("Result")
 
+BATCHES = 64
+"""Batches that the housekeeping reads in one look: together as much as a window allows to be owed."""
 CROWD_MEMORY = 200
 """Calls for which a link that saw two callers at once does not try the lone path."""
 
@@ -175,7 +177,7 @@ class BlockingLink(Link):
     def _receive(self, call: Call | None, seen: int, until: float) -> None:
         """Lead: send and receive for everybody until ``call`` has news or ``until`` has come."""
         self._leader = call
-        lock = self._lock
+        lock, unread = self._lock, BATCHES
         try:
             if not lock.acquire(False):
                 if call is None:
@@ -185,7 +187,9 @@ class BlockingLink(Link):
                 lock.acquire()
             while True:
                 more = self._pump(call, BATCH)
-                if call is None or call.outcome is not None or call.signs != seen:
+                if call is None and more and unread:
+                    unread -= 1  # else an answer behind many others would be late, and its peer be blamed for it
+                elif call is None or call.outcome is not None or call.signs != seen:
                     if not self._out or self._stuck:
                         return
                 elif not more and (self._stuck or not self._out):

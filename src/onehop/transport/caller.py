@@ -65,8 +65,9 @@ class Caller(Connector):
         now = monotonic()
         until, remaining = now + terms.timeout, terms.milliseconds
         request = serving.get()
+        began: float | None = None
         if request is not None and request.deadline is not None and request.deadline < until:
-            until = request.deadline  # a call made in a handler ends no later than what it serves
+            until, began = request.deadline, now  # a call made in a handler ends no later than what it serves
             remaining = wire.milliseconds(until - now)
         picture = self.protocol.routes
         route: Route | None
@@ -83,6 +84,8 @@ class Caller(Connector):
             section = sections.get(method) or sections.setdefault(method, terms.section(route.server, method))
             call = Call(kind, until, size)
             call.route = route
+            if began is not None:
+                call.began = began
             if flags & wire.STREAM:
                 call.items = deque()
             id = calls.begin(call)
@@ -106,7 +109,8 @@ class Caller(Connector):
 
     def attempt(self, terms: Terms, method: str, link: Link, call: Call) -> Attempt:
         """What :meth:`begin` began, for a closer look."""
-        attempt = Attempt(terms, method, call.deadline, call.deadline - terms.timeout)
+        began = call.deadline - terms.timeout if call.began is None else call.began
+        attempt = Attempt(terms, method, call.deadline, began)
         attempt.take(call.route, link, call)
         return attempt
 
@@ -213,8 +217,10 @@ class Caller(Connector):
         if link.calls.full(call.size):  # of others' calls, which were begun meanwhile
             return False
         again = Call(kind, attempt.until, call.size)
-        attempt.take(attempt.route, link, again)
         link.calls.resume(again, call.id)
+        if link.ended is not None and link.calls.give_up(again):
+            return False
+        attempt.take(attempt.route, link, again)
         terms = attempt.terms
         section = terms.section(attempt.route.server, attempt.method)
         monitor = terms.monitor if kind == wire.REQUEST else None
@@ -426,7 +432,7 @@ class Caller(Connector):
     def _note_timeout(self, attempt: Attempt) -> None:
         """A call was not answered in time: who lets one after the other wait is not asked for a while."""
         link, now = attempt.link, monotonic()
-        if attempt.call.sent and link.ready:
+        if attempt.call.sent and link.ready and not attempt.call.arrived:  # a stream may have no other end
             with self.lock:
                 is_stalled = link.liveness.timed_out(link.calls, attempt.call, now - attempt.started, now)
             if is_stalled:

@@ -184,7 +184,7 @@ class Engine(Caller):
             await self._sleep(0.005)
         if queue is None and self.inbound is not None:
             # Replies went before it on each connection: what a caller has no answer to now did not run.
-            self.inbound.change(lambda inbox: inbox.drain("drained", final=True))
+            self.inbound.change(lambda inbox: inbox.drain("drained", monotonic(), final=True))
         return True
 
     def _begin_drain(self, inbound: Inbound) -> None:

@@ -13,6 +13,7 @@ thread receives where such a run takes its time.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -103,11 +104,7 @@ class Inbound:
 
     def count_refused(self, reason: str) -> None:
         """Count a request that is answered as not run."""
-        self._hold()
-        try:
-            self._inbox.refused[reason] += 1
-        finally:
-            self._lock.release()
+        self.change(lambda inbox: inbox.refused.update((reason,)))
 
     def refuse(self, request: Request, reason: str) -> None:
         """Answer that ``request`` did not run, and count it; a cast only gives its room back.
@@ -121,27 +118,44 @@ class Inbound:
         self.count_refused(reason)
         self.answer(request, wire.reject(request.id, reason) if request.kind == wire.REQUEST else None)
 
+    def leave(self, request: Request) -> None:
+        """``request`` is about to be finished without an answer, though its caller may wait for one."""
+        self.change(Inbox.leave, request)
+        request.cancelled = True
+
     def change(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do ``action(inbox, *arguments)`` under its lock, and send what it wants sent."""
-        self._hold()
+        moved: list[Request] = []
+        if not self._hold():
+            start_thread("onehop-later", self.change, action, *arguments)
+            return
         try:
             action(self._inbox, *arguments)
             if not self._closed and self._inbox.outgoing:
-                self._send_outgoing([])
+                self._send_outgoing(moved)
                 self._wake.set()  # a send may eat the edge
         finally:
             self._lock.release()
+        if moved:  # who is gone was noticed by it
+            self._dispatch(moved, None, leading=False, own=False)
         self.turn()
 
-    def _hold(self) -> None:
-        """Take ``_lock``, from a leader that keeps it while it waits too."""
-        if not self._lock.acquire(False):
+    def _hold(self) -> bool:
+        """Take ``_lock``, from a leader that keeps it while it waits too.
+
+        Returns:
+            False where that takes so long that a signal handler may ask, in the thread whose frame below has it.
+        """
+        held: bool = self._lock.acquire(False)
+        if not held:
+            may_be_handler = threading.current_thread() is threading.main_thread()
             try:
                 self._wanting.append(None)
                 self._wake.set()
-                self._lock.acquire()
+                held = acquire(self._lock, PATIENCE if may_be_handler else FOREVER)
             finally:
                 self._wanting.pop()
+        return held
 
     def turn(self, queue: Queue | None = None) -> None:
         """Send and receive for everybody, unless somebody who will look again has the socket.
@@ -166,12 +180,15 @@ class Inbound:
                 continue  # answered before: an answer is sent once
             if self._closed:
                 self.counts["answers after close"] += 1
-            elif (
-                frame is not None and not self._send_to(request.identity, frame, moved) and not last
-                and wire.kind_of(frame if isinstance(frame, bytes) else frame[0]) == wire.ITEM
-            ):  # fmt: skip
-                # An end behind it would read as if that had been all. So nothing more is answered, as where an answer
-                # is lost: its reader waits until the deadline.
+            elif frame is None:
+                if request.kind == wire.REQUEST:
+                    self._inbox.leave(request)
+            elif not self._send_to(request.identity, frame, moved) and (
+                last or wire.kind_of(frame if isinstance(frame, bytes) else frame[0]) == wire.ITEM
+            ):
+                # Behind a missing item an end would read as if that had been all. So nothing more is answered, as
+                # where an answer is lost: its reader waits until the deadline.
+                self._inbox.leave(request)
                 request.cancelled = True
                 finish(request)
 

@@ -136,17 +136,16 @@ class Attempt:
             what = f"gave no sign of life for {monitor:.3g} s"
         else:
             what = f"did not answer within {now - self.started:.3g} s"
-        return CallTimeout(f"{self} {what}", executed="unknown" if self.call.sent else "no")
+        return CallTimeout(f"{self} {what}", executed=self.call.executed)
 
     def failure(self) -> CallError:
         """The error for a call that ended as REJECTED or LOST."""
         call = self.call
         if call.outcome == REJECTED:
             reason, text = call.body
-            executed = "unknown" if reason == "duplicate" else "no"
             told = f"{reason} ({text})" if text else reason
-            return Rejected(f"{self} refused it: {told}", reason=reason, executed=executed)  # type: ignore[arg-type]
-        if not call.sent:
+            return Rejected(f"{self} refused it: {told}", reason=reason, executed=call.executed)
+        if call.executed == "no":
             return PeerLost(f"{self} was lost: {call.body}; it was not sent", executed="no")
         return PeerLost(f"{self} was lost: {call.body}; it is unknown whether it ran")
 
