@@ -184,14 +184,17 @@ async def test_stream_closed_before_it_began_never_begins(node) -> None:
 
 
 async def test_closing_wakes_who_waits_for_an_item(node) -> None:
+    entered = asyncio.Event()
+
     async def silent() -> AsyncIterator[int]:
+        entered.set()
         await asyncio.sleep(60)
         yield 1
 
     await node().serve("clock", {"silent": silent})
     stream = node().stream("clock", "silent")
     waiting = asyncio.ensure_future(anext(stream))
-    await asyncio.sleep(0.1)
+    await entered.wait()  # it is asked for when the first item is
     await stream.close()
     with pytest.raises(StopAsyncIteration):
         await asyncio.wait_for(waiting, 2.0)
