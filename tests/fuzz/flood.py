@@ -371,7 +371,7 @@ class Flood:
             "the client's calls went on": legitimate.failed == [] and legitimate.slowest < STALL,
             "the caller's other calls went on": victim["failed"] == [] and victim["calls"] > before[1]["calls"],
             "bad frames are counted": server["received"]["bad frames"] > half // 10 and victim["bad"] > 0,
-            "so much garbage was taken": volume > 0.8 * RATE * self.seconds,
+            "so much garbage was taken": volume > 0.5 * RATE * self.seconds,
             "slow connections were held": results["slow connections"] > 0.9 * SLOW,
             "failed handshakes are counted": server["dropped"].get("handshakes that failed", 0) > 0,
         }  # fmt: skip

@@ -125,8 +125,11 @@ def test_a_call_is_resumed_under_its_old_number() -> None:
         # What was sent over a connection before may have run, whatever befalls it on this one.
         (True, False, LOST, "it ended", "unknown"),
         (True, False, None, None, "unknown"),
-        (True, True, REJECTED, ("draining", ""), "unknown"),
         (True, True, REJECTED, ("hello first", ""), "unknown"),
+        # By its number the peer knows whether it has come before, and says so.
+        (True, True, REJECTED, ("duplicate", ""), "unknown"),
+        (True, True, REJECTED, ("draining", ""), "no"),
+        (False, True, REJECTED, ("hello first", ""), "no"),
     ],
 )
 def test_call_without_a_reply_did_not_run_only_where_that_is_certain(
@@ -137,6 +140,18 @@ def test_call_without_a_reply_did_not_run_only_where_that_is_certain(
         CallTable().resume(call, 7)
     call.sent, call.outcome, call.body = sent, outcome, body
     assert call.executed == executed
+
+
+def test_final_goodbye_proves_nothing_of_a_call_that_was_resumed() -> None:
+    numbers = count(1)
+    table, again = CallTable(numbers), Call(wire.REQUEST)
+    first = begun(table)
+    table.resume(again, 7)
+    last = begun(table)
+    assert table.refuse("draining") == [last, again, first]
+    assert [call.outcome for call in (first, again, last)] == [REJECTED, LOST, REJECTED]
+    assert first.body == last.body == ("draining", "")
+    assert (again.body, again.executed) == ("its server said goodbye (draining)", "unknown")
 
 
 # Ending -------------------------------------------------------------------------------------------

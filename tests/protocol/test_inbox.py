@@ -569,20 +569,22 @@ def test_draining_server_says_goodbye_refuses_what_is_new_and_finishes_what_it_t
 
 
 @pytest.mark.parametrize(
-    ("deadline", "cancelled", "now", "is_final"),
+    ("deadline", "due", "cancelled", "now", "is_final"),
     [
-        (10.0, False, 10.0 + GIVEN_UP - 0.1, False),
-        (10.0, False, 10.0 + GIVEN_UP, True),
-        (None, False, 1e9, False),
-        (10.0, True, 5.0, True),
+        (10.0, None, False, 10.0 + GIVEN_UP - 0.1, False),
+        (10.0, None, False, 10.0 + GIVEN_UP, True),
+        (None, 10.0, False, 10.0 + GIVEN_UP - 0.1, False),
+        (None, 10.0, False, 10.0 + GIVEN_UP, True),
+        (None, None, False, 1e9, False),
+        (10.0, None, True, 5.0, True),
     ],
 )
 def test_final_goodbye_does_not_go_to_one_who_may_still_wait_for_what_was_left_unanswered(
-    talk: Any, deadline: float | None, cancelled: bool, now: float, is_final: bool
+    talk: Any, deadline: float | None, due: float | None, cancelled: bool, now: float, is_final: bool
 ) -> None:
     talk.request()
     (request,) = talk.moved
-    request.deadline, request.cancelled = deadline, cancelled
+    request.deadline, request.due, request.cancelled = deadline, due, cancelled
     talk.inbox.leave(request)
     assert talk.inbox.finish(request)
     talk.inbox.drain("drained", now, final=True)

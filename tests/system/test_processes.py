@@ -317,7 +317,7 @@ def test_child_serves_under_its_own_identity(make_node, eventually) -> None:
         os.close(end)
 
 
-def test_handles_of_the_parent_do_nothing_to_it_in_the_child(make_node) -> None:
+def test_handles_of_the_parent_do_nothing_to_it_in_the_child(make_node, background, eventually) -> None:
     serving = make_node()
     gate = threading.Event()
 
@@ -330,6 +330,8 @@ def test_handles_of_the_parent_do_nothing_to_it_in_the_child(make_node) -> None:
     call = calling.client("clock").start("hold")
     stream = calling.stream("clock", "count")
     assert next(stream) == 0
+    waiting = background(call.result)  # the child has not the thread that waits
+    eventually(call._waiting.locked)
 
     def child() -> None:
         nonlocal stream
@@ -347,7 +349,7 @@ def test_handles_of_the_parent_do_nothing_to_it_in_the_child(make_node) -> None:
     pid = fork(child)
     assert exit_code(pid) == 0
     gate.set()
-    assert call.result() is True
+    assert call.result() is waiting.result() is True
     assert sum(1 for _ in stream) == 999
     assert make_node().call("clock", "read") == 1
 

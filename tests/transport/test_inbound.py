@@ -198,8 +198,12 @@ def test_stream_whose_item_found_no_room_is_not_ended_as_if_that_had_been_all(in
     bench.socket.full.add(b"\0conn")
     bench.inbound.answer(request, wire.pack(wire.PROGRESS, id=request.id), last=False)
     assert not request.cancelled  # a sign of life is nothing that its reader would miss
+    request.waiter = told = threading.Lock()
+    told.acquire()
     bench.inbound.answer(request, item(1), last=False)
+    assert told.acquire(timeout=SOON), "who makes them hears of it"
     bench.socket.full.clear()
+    bench.inbound.answer(request, item(2), last=False)
     bench.inbound.answer(request, wire.answer(wire.REPLY, wire.STREAM, request.id, b"\xc0"))
     assert bench.kinds_sent() == [wire.ITEM]
     assert request.cancelled  # so that its handler makes no more of them

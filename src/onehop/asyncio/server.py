@@ -118,9 +118,7 @@ class Server:
                 if request.kind == wire.CAST:
                     self._runner.note_failed(request, error)
         finally:
-            if frame is None and request.kind == wire.REQUEST:
-                inbound.leave(request)  # while its deadline is known
-            request.deadline = None  # what the handler left running is not bound by it any more
+            request.due, request.deadline = request.deadline, None  # what the handler left running is not bound by it
             inbound.put(request, frame if request.kind == wire.REQUEST else None)
             self._engine.lead_soon()
 

@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -50,8 +51,9 @@ def serve(
             else:
                 print(f"serving {offered.service!r} as server {offered.name!r}; Ctrl-C ends it", flush=True)
             stops.get()
-            if node.statistics().taken and not as_json:
-                print("draining; a second Ctrl-C ends it at once", flush=True)
+            if node.statistics().taken:
+                with suppress(OSError):  # of whoever reads it; the drain comes first
+                    complain("draining; a second Ctrl-C ends it at once")
             if not node.drain():
                 complain(f"not everything was answered within drain_timeout ({node.settings.drain_timeout:g} s)")
                 raise typer.Exit(FAILED)

@@ -74,7 +74,8 @@ class Call:
     def executed(self) -> Literal["no", "unknown"]:
         """Of a call without a reply: whether it certainly did not run."""
         if self.outcome == REJECTED:
-            return "unknown" if self.resumed or self.body[0] == "duplicate" else "no"
+            reason = self.body[0]
+            return "unknown" if reason == "duplicate" or (self.resumed and reason == "hello first") else "no"
         return "unknown" if self.resumed or self.sent else "no"
 
 
@@ -286,7 +287,10 @@ class CallTable:
         return self._end_all(LOST, why)
 
     def refuse(self, reason: str, text: str = "") -> list[Call]:
-        """End every call as REJECTED: the peer said that it runs none of them; returns them."""
+        """End every call as REJECTED: the peer said that it runs none of them; returns them.
+
+        Those that were resumed end as LOST: it may have answered them, over the connection that ended.
+        """
         return self._end_all(REJECTED, (reason, text))
 
     def _end_all(self, outcome: str, body: Any) -> list[Call]:
@@ -296,8 +300,9 @@ class CallTable:
                 _id, call = self.pending.popitem()
             except KeyError:  # another thread took the last one
                 break
-            call.body = body
-            call.outcome = outcome
+            is_proof = outcome == LOST or not call.resumed
+            call.body = body if is_proof else f"its server said goodbye ({body[0]})"
+            call.outcome = outcome if is_proof else LOST
             lost.append(call)
         return lost
 

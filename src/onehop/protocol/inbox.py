@@ -125,7 +125,8 @@ class Request:
     Attributes:
         identity: the connection it came on, and its answer returns on.
         names: service, server (as the caller named it, perhaps empty) and method.
-        deadline: when its caller gives up, on this node's clock; None for never.
+        deadline: when its caller gives up, on this node's clock; None for never, or once its handler is done with it.
+        due: the engine's; what the deadline was.
         monitor: seconds within which the caller wants a sign of life; None for none.
         granted: of a stream, how many items its reader has asked for so far.
         cancelled: the caller gave up, or is gone; it must not run. So it is with an echo from its beginning.
@@ -138,6 +139,7 @@ class Request:
     # Defaults that most requests never change stand in the class: one is made for every request.
     flags = 0
     monitor: float | None = None
+    due: float | None = None
     granted = 0
     queued = False
     cancelled = False
@@ -521,7 +523,8 @@ class Inbox:
     def leave(self, request: Request) -> None:
         """``request`` gets no answer, though its caller may wait for one."""
         if not request.cancelled:
-            until = float("inf") if request.deadline is None else request.deadline + GIVEN_UP
+            deadline = request.due if request.deadline is None else request.deadline
+            until = float("inf") if deadline is None else deadline + GIVEN_UP
             request.sender.left_until = max(request.sender.left_until, until)
 
     def gone(self, identity: bytes) -> list[Request]:

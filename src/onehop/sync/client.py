@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,7 +14,7 @@ from onehop.protocol import wire
 from onehop.protocol.calls import FAILED, REPLIED
 from onehop.transport.blocking import BlockingEngine, run
 from onehop.transport.requests import Attempt, describe
-from onehop.transport.waiting import new_lock
+from onehop.transport.waiting import acquire, new_lock
 
 if TYPE_CHECKING:
     from onehop.sync.node import Node
@@ -162,14 +163,20 @@ class Call:
 
     def result(self) -> Any:
         """Wait for the reply and return it; raises as :meth:`Client.call`, and CallCancelled after :meth:`cancel`."""
+        attempt = self._attempt
+        # One thread at a time: of several the engine would wake one. Not without an end, nor where there is nothing to
+        # wait for: a signal handler may ask in the thread that waits, or a forked child for a thread that it has not.
+        alone = attempt.call.outcome is None and acquire(self._waiting, attempt.until - monotonic())
         try:
-            with self._waiting:  # one thread at a time: of several the engine would wake one
-                run(self._engine.outcome(self._attempt))
+            run(self._engine.outcome(attempt))
         except CallError as error:
             if self._cancelled:
-                raise CallCancelled(f"{self._attempt} was cancelled here") from error
+                raise CallCancelled(f"{attempt} was cancelled here") from error
             raise
-        return self._client._value(self._attempt.method, self._attempt.call)
+        finally:
+            if alone:
+                self._waiting.release()
+        return self._client._value(attempt.method, attempt.call)
 
     def cancel(self) -> bool:
         """Give the call up and tell the server; False if it had ended.
@@ -209,8 +216,13 @@ class Stream(Iterator[Any]):
         Raises:
             StopIteration: the handler ended. Otherwise as :meth:`Client.call`.
         """
-        with self._reading:  # as in Call.result
+        call = self._attempt.call
+        alone = call.outcome is None and acquire(self._reading, self._attempt.until - monotonic())  # as in Call.result
+        try:
             return self._next()
+        finally:
+            if alone:
+                self._reading.release()
 
     def _next(self) -> Any:
         call = self._attempt.call
@@ -227,9 +239,10 @@ class Stream(Iterator[Any]):
                 run(self._engine.outcome(self._attempt, call.signs))
                 if call.outcome is FAILED:
                     self._client._value(self._attempt.method, call)  # raises it
-        if not items:
-            raise StopIteration
-        body = items.popleft()
+        try:
+            body = items.popleft()
+        except IndexError:
+            raise StopIteration from None
         self._read += 1
         if self._read * 2 >= self._credit and not self._ended and call.outcome is None:
             self._grant(self._read)

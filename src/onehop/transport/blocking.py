@@ -197,7 +197,11 @@ class BlockingLink(Link):
                     if left <= 0:
                         return
                     self._wake.wait(min(left, STUCK) if self._stuck else left)
-                lock.acquire()
+                if call is not None:
+                    lock.acquire()
+                elif not lock.acquire(False):  # somebody has it who may wait for long, and who reads what is there
+                    self._wake.set()
+                    return
         finally:
             self._leader = None
 

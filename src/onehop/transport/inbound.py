@@ -118,11 +118,6 @@ class Inbound:
         self.count_refused(reason)
         self.answer(request, wire.reject(request.id, reason) if request.kind == wire.REQUEST else None)
 
-    def leave(self, request: Request) -> None:
-        """``request`` is about to be finished without an answer, though its caller may wait for one."""
-        self.change(Inbox.leave, request)
-        request.cancelled = True
-
     def change(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do ``action(inbox, *arguments)`` under its lock, and send what it wants sent."""
         moved: list[Request] = []
@@ -176,8 +171,11 @@ class Inbound:
         out, finish = self._out, self._inbox.finish
         while out:
             request, frame, last = out.popleft()
-            if last and not finish(request):
-                continue  # answered before: an answer is sent once
+            if last:
+                if not finish(request):
+                    continue  # answered before: an answer is sent once
+            elif request.cancelled and request.kind == wire.REQUEST:
+                continue  # nobody reads it
             if self._closed:
                 self.counts["answers after close"] += 1
             elif frame is None:
@@ -190,7 +188,8 @@ class Inbound:
                 # where an answer is lost: its reader waits until the deadline.
                 self._inbox.leave(request)
                 request.cancelled = True
-                finish(request)
+                if finish(request):
+                    moved.append(request)
 
     def _send_to(self, identity: bytes, frame: Frame, moved: list[Request]) -> bool:
         try:

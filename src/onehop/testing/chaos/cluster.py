@@ -292,7 +292,9 @@ class Cluster:
         """
         self.quiet()
         for each in self.servers:
-            each.signal(signal.SIGTERM)
+            if each.process.poll() is None:
+                each.wait_ready()  # it may have been started just now, and not know yet what to do at SIGTERM
+                each.signal(signal.SIGTERM)
         self._wait(self.servers, END_LIMIT)
         struck = {each.pid for each in self.outages if each.lethal}
         for each in [*self.callers, *self.servers]:
