@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -19,6 +20,23 @@ import uvloop
 import onehop.asyncio
 from onehop import Node
 from onehop.settings import ENVIRONMENT_PREFIX
+
+FIGURES = re.compile(r"(R\d+|Soak)  ")
+"""How a line of output begins that tells the figures of a row of docs/reliability."""
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show the figures of the rows, whichever process has found them, and though their tests have passed."""
+    found = [
+        line
+        for report in terminalreporter.getreports("passed")
+        for name, text in report.sections if "stdout" in name
+        for line in text.splitlines() if FIGURES.match(line)
+    ]  # fmt: skip
+    if found:
+        terminalreporter.section("figures")
+    for line in sorted(found, key=lambda line: int("".join(filter(str.isdigit, line.split()[0])) or 99)):
+        terminalreporter.line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -121,10 +121,9 @@ def start() -> Iterator[Callable[..., Program]]:
 
 
 @pytest.fixture
-def report(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Callable[[str], None]:
+def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
     def show(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n  {request.node.name}: {text}")
+        print(f"R26  {request.node.name}: {text}")
 
     return show
 

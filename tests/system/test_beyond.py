@@ -60,12 +60,11 @@ def test_no_call_fails_while_the_registry_is_away_and_when_it_comes_back_without
 
 
 @pytest.mark.parametrize("kind", ["hosts", "redis"])
-def test_callers_of_a_server_that_is_started_again_come_back_in_turn(hosts, kind, capsys) -> None:
+def test_callers_of_a_server_that_is_started_again_come_back_in_turn(hosts, kind) -> None:
     with Registry(kind, hosts) as registry:
         found = returning(hosts, registry, 400, 2, period=2.0)  # as long as the last one's turn: then most would meet
-    with capsys.disabled():
-        back, attempts = found["all answered again after"], found["most attempts in a second"]
-        print(f"\n  restart with 400 callers, {kind}: all back after {back:.1f} s, {attempts:.0f} attempts/s", end="")
+    back, attempts = found["all answered again after"], found["most attempts in a second"]
+    print(f"R18  restart with 400 callers, {kind}: all back after {back:.1f} s, {attempts:.0f} attempts/s")
     assert found["all answered again after"] < 10.0, found
     assert found["most attempts in a second"] < 300, found
     assert found["outcomes of others"].keys() == {"ok"}, found

@@ -104,7 +104,6 @@ def test_a_day_forth_and_back_changes_no_deadline_lease_or_retry(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     eventually: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
     clock = tmp_path / "clock"
@@ -132,8 +131,7 @@ def test_a_day_forth_and_back_changes_no_deadline_lease_or_retry(
         waits.append(ask("hang"))
         eventually(lambda until=until: time.monotonic() > until, within=LEASE + 2.0)
     told = ask("report")
-    with capsys.disabled():
-        print(f"\nR12: {request.node.callspec.id}: {told}, deadlines of 1.5 s ended after {waits}")
+    print(f"R12  {request.node.callspec.id}: {told}, deadlines of 1.5 s ended after {waits}")
     assert told["failed"] == []
     assert told["away"] == 0, "its lease was renewed"
     assert told["retried"] == 0

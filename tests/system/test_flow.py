@@ -205,7 +205,7 @@ def _enough(flood: Any, samples: int, seen: list[Any]) -> Callable[[], bool]:
 @pytest.mark.parametrize("size", BODIES.values(), ids=BODIES.keys())
 @pytest.mark.parametrize("verb", ["call", "cast"])
 def test_slow_consumer_costs_its_caller_eight_mebibytes_and_what_is_too_much_is_refused_at_once_or_waits(
-    flooded, eventually, capsys, verb: str, size: int
+    flooded, eventually, verb: str, size: int
 ) -> None:
     flood, _ = flooded(verb, size)
     eventually(_enough(flood, 200, []), within=30.0)  # the same load, to a consumer that keeps up
@@ -224,14 +224,13 @@ def test_slow_consumer_costs_its_caller_eight_mebibytes_and_what_is_too_much_is_
     eventually(full, within=30.0)
     found = ask(flood)
     grown = (found["peak"] - base) / MEBIBYTE
-    with capsys.disabled():
-        quick, slowest = (statistics.median(refused) * 1e3, p99(refused) * 1e3) if refused else (0.0, 0.0)
-        echo = statistics.median(echoes) * 1e3
-        print(
-            f"\n  {verb}s of {size} bytes to a consumer 100 times slower: the sender grew by {grown:.1f} MiB; "
-            f"{found['sent']} taken, {found['full']} refused, in {quick:.2f} ms (p50), {slowest:.2f} ms (p99), where "
-            f"an echo of another server takes {echo:.2f} ms"
-        )
+    quick, slowest = (statistics.median(refused) * 1e3, p99(refused) * 1e3) if refused else (0.0, 0.0)
+    echo = statistics.median(echoes) * 1e3
+    print(
+        f"R6  {verb}s of {size} bytes to a consumer 100 times slower: the sender grew by {grown:.1f} MiB; "
+        f"{found['sent']} taken, {found['full']} refused, in {quick:.2f} ms (p50), {slowest:.2f} ms (p99), where "
+        f"an echo of another server takes {echo:.2f} ms"
+    )
     assert grown < 8.0
     if waits:
         assert not refused
@@ -244,7 +243,7 @@ def test_slow_consumer_costs_its_caller_eight_mebibytes_and_what_is_too_much_is_
 @pytest.mark.alone
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("verb", ["call", "cast"])
-def test_slow_consumer_does_not_slow_the_calls_of_others_and_fails_none(flooded, eventually, capsys, verb: str) -> None:
+def test_slow_consumer_does_not_slow_the_calls_of_others_and_fails_none(flooded, eventually, verb: str) -> None:
     """Off and on by turns, with as many requests to the same server: off, its consumer keeps up.
 
     A call of the others that fails ends its program. A percentile is that of all turns together, of as many as it takes
@@ -272,13 +271,12 @@ def test_slow_consumer_does_not_slow_the_calls_of_others_and_fails_none(flooded,
             break
         if len(quiet) >= ENOUGH or len(turns) >= MOST:
             break
-    with capsys.disabled():
-        for whose, words in WHOSE.items():
-            before, then = (each * 1e3 for each in both(whose, judged))
-            print(
-                f"\n  {verb}s to a slow consumer; {words}: p99 {before:.2f} ms, then {then:.2f} ms: "
-                f"{then / before:.2f} times that, in {len(judged)} of {len(turns)} turns", end="",
-            )  # fmt: skip
+    for whose, words in WHOSE.items():
+        before, then = (each * 1e3 for each in both(whose, judged))
+        print(
+            f"R6  {verb}s to a slow consumer; {words}: p99 {before:.2f} ms, then {then:.2f} ms: "
+            f"{then / before:.2f} times that, in {len(judged)} of {len(turns)} turns"
+        )  # fmt: skip
     assert all(len(phase[whose]) > 50 for turn in turns for phase in (turn.off, turn.on) for whose in WHOSE)
     assert all(ratio(whose, judged) <= bound for whose in WHOSE)
 

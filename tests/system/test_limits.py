@@ -148,10 +148,7 @@ def endpoint_of(node: Node) -> str:
 
 
 def test_more_clients_than_descriptors_are_turned_away_and_harm_nobody(
-    limited: Limited,
-    make_node: Callable[..., Node],
-    eventually: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
+    limited: Limited, make_node: Callable[..., Node], eventually: Callable[..., None]
 ) -> None:
     nodes = [make_node(timeout=10.0, **limited.settings) for _ in range(5)]
     with Callers(nodes) as callers:
@@ -175,12 +172,11 @@ def test_more_clients_than_descriptors_are_turned_away_and_harm_nobody(
         assert late.client("clock", ready_timeout=10.0).call("echo", 2) == 2
         recovered = time.monotonic() - gone
     away = after["dropped"].get("connections turned away", 0)
-    with capsys.disabled():
-        print(
-            f"\nR14: {STRANGERS} clients at {DESCRIPTORS} descriptors: {share:.1%} of a processor, alert after "
-            f"{alerted:.2f} s, {away} turned away, {callers.done} calls of known peers, {len(callers.failed)} failed, "
-            f"the slowest {callers.slowest * 1000:.0f} ms; a new client served {recovered:.1f} s after the others left"
-        )
+    print(
+        f"R14  {STRANGERS} clients at {DESCRIPTORS} descriptors: {share:.1%} of a processor, alert after "
+        f"{alerted:.2f} s, {away} turned away, {callers.done} calls of known peers, {len(callers.failed)} failed, "
+        f"the slowest {callers.slowest * 1000:.0f} ms; a new client served {recovered:.1f} s after the others left"
+    )
     assert callers.failed == []
     assert callers.slowest < UNAFFECTED
     assert share < CPU_SHARE
@@ -190,10 +186,7 @@ def test_more_clients_than_descriptors_are_turned_away_and_harm_nobody(
 
 
 def test_a_process_that_has_opened_all_its_descriptors_goes_on_with_whom_it_knows(
-    limited: Limited,
-    make_node: Callable[..., Node],
-    eventually: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
+    limited: Limited, make_node: Callable[..., Node], eventually: Callable[..., None]
 ) -> None:
     node = make_node(timeout=10.0, **limited.settings)
     with Callers([node]) as callers:
@@ -209,12 +202,11 @@ def test_a_process_that_has_opened_all_its_descriptors_goes_on_with_whom_it_know
         node.call("clock", "let_go")
         assert make_node(timeout=20.0, **limited.settings).client("clock", ready_timeout=15.0).call("echo", 2) == 2
         assert set(threads) <= set(node.call("clock", "report")["threads"])
-    with capsys.disabled():
-        print(
-            f"\nR14: a process that holds {held} descriptors more, and so all: {share:.1%} of a processor, "
-            f"{callers.done} calls of a known peer, {len(callers.failed)} failed, the slowest "
-            f"{callers.slowest * 1000:.0f} ms"
-        )
+    print(
+        f"R14  a process that holds {held} descriptors more, and so all: {share:.1%} of a processor, "
+        f"{callers.done} calls of a known peer, {len(callers.failed)} failed, the slowest "
+        f"{callers.slowest * 1000:.0f} ms"
+    )
     assert callers.failed == []
     assert callers.slowest < UNAFFECTED
     assert share < CPU_SHARE
@@ -377,7 +369,7 @@ node.run()
 
 
 def test_no_memory_for_a_handler_or_a_message_is_an_error_of_that_call_alone(
-    start: Callable[..., Any], make_node: Callable[..., Node], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start: Callable[..., Any], make_node: Callable[..., Node], tmp_path: Path
 ) -> None:
     program = start(FEW_BYTES, str(tmp_path / "log"))
     assert program.line() == "serving"
@@ -395,8 +387,7 @@ def test_no_memory_for_a_handler_or_a_message_is_an_error_of_that_call_alone(
                 except CallError as error:
                     outcomes[f"{method}: {type(error).__name__}, executed {error.executed}"] += 1
     assert other.call("clock", "report") == threads
-    with capsys.disabled():
-        print(f"\nmemory: {dict(outcomes)}, {callers.done} other calls, {len(callers.failed)} failed")
+    print(f"memory: {dict(outcomes)}, {callers.done} other calls, {len(callers.failed)} failed")
     assert outcomes["eat: RemoteError, executed yes"] == 5
     assert callers.failed == []
     assert program.process.poll() is None

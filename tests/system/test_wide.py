@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from tests.system.beyond import Registry
@@ -15,14 +14,13 @@ RECEIVERS = 110
 
 
 @pytest.mark.timeout(240)
-def test_fanout_names_the_ten_dead_within_seven_seconds(onehop_hosts: Callable[..., Hosts], capsys: Any) -> None:
+def test_fanout_names_the_ten_dead_within_seven_seconds(onehop_hosts: Callable[..., Hosts]) -> None:
     hosts = onehop_hosts(4)
     with Registry("redis", hosts) as registry:
         found = wide(hosts, registry, RECEIVERS, 2)
-    with capsys.disabled():
-        for name, each in found.items():
-            words = f"{each['seconds']:.2f} s, CPU {each['CPU']:.3f} s, {each['taken']} took it"
-            print(f"\n  fan-out to {RECEIVERS}, {name}: {words}", end="")
+    for name, each in found.items():
+        words = f"{each['seconds']:.2f} s, CPU {each['CPU']:.3f} s, {each['taken']} took it"
+        print(f"R17  fan-out to {RECEIVERS}, {name}: {words}")
     assert found["nobody"]["taken"] == RECEIVERS
     for name in ("stopped", "killed", "powerless"):
         assert found[name]["named"], (name, found[name])
