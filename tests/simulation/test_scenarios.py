@@ -393,6 +393,7 @@ def test_a_thousand_callers_of_a_server_that_starts_anew_come_back_in_turn(world
     assert 1_000 <= returned < 2_500
     assert opened[-1] == opened[-2] == world.network.opened_links, "all are back before the 18th second"
     busiest = max(then - before for before, then in pairwise(opened))
+    print(f"R18  1,000 simulated callers, a call each {period:g} s: {busiest} connections in the busiest second")
     assert busiest < 300, f"{busiest} connections in one second, {returned} in all"
     last = [entry for caller in callers for entry in [world.call(caller, "echo", at=world.now, timeout=5.0)]]
     world.settle()

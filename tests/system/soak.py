@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -68,10 +69,13 @@ def samples(cluster: Cluster) -> Iterator[Sample]:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the line through the points, by least squares."""
-    middle = sum(x for x, _ in points) / len(points)
-    spread = sum((x - middle) ** 2 for x, _ in points)
-    return sum((x - middle) * y for x, y in points) / spread if spread else 0.0
+    """Of the line through the points: the median of those between any two of them (Theil and Sen).
+
+    What is held grows all the time. Python's allocator, which takes a mebibyte at once, and its collector, whose oldest
+    generation is looked at seldom, go by steps: one of them late in a run would be a slope by least squares.
+    """
+    between = [(then - y) / (later - x) for (x, y), (later, then) in combinations(points, 2) if later != x]
+    return median(between) if between else 0.0
 
 
 def soak(seconds: float, tell: Callable[[str], None]) -> tuple[Row, list[Sample], list[dict[str, float]]]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tests.system.soak import slope
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,6 +27,8 @@ def test_peers_come_and_go_under_load_and_the_ledger_balances(tmp_path: Path) ->
     assert [plot.name for plot in sorted(tmp_path.glob("*.svg")) if f"({plot.name})" not in page] == []
 
 
-def test_the_slope_is_that_of_the_line() -> None:
+def test_the_slope_is_that_of_the_line_and_one_step_is_none() -> None:
     assert slope([(0.0, 5.0), (1.0, 7.0), (2.0, 9.0)]) == 2.0
     assert slope([(1.0, 5.0)]) == 0.0
+    assert slope([(float(at), 5.0 + (at > 90)) for at in range(100)]) == 0.0
+    assert slope([(float(at), 5.0 + at // 10) for at in range(100)]) == pytest.approx(0.1, rel=0.05)
