@@ -115,8 +115,9 @@ sys.stdin.read()
 class Program:
     def __init__(self, source: str, settings: dict[str, Any]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", source, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+            [sys.executable, "-c", source, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, "MALLOC_ARENA_MAX": "2"},  # as docs/reliability/limits.md advises, and of less chance
+        )  # fmt: skip
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"serving\n"
 

@@ -32,8 +32,8 @@ from onehop.transport.waiting import LONGEST_WAIT, PATIENCE, Wake, Watch, acquir
 
 Result = TypeVar("Result")
 
-BATCHES = 64
-"""Batches that the housekeeping reads in one look: together as much as a window allows to be owed."""
+BATCHES = 16
+"""Batches that the housekeeping reads in one look: within 2 s as much as a window allows to be owed."""
 CROWD_MEMORY = 200
 """Calls for which a link that saw two callers at once does not try the lone path."""
 
