@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ class Program:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the program)
         command = [sys.executable, "-W", "ignore", str(PROGRAMS), name, *(f"{k}={v}" for k, v in arguments.items())]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            start_new_session=True,
+        )  # fmt: skip
         self.pid = self.process.pid
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -98,9 +100,8 @@ class Program:
         return self._errors.read()
 
     def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # what it has forked too, which would keep its output open
         self.process.wait()
         self._reader.join()
         for stream in (self.process.stdin, self.process.stdout, self._errors):

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -507,6 +508,22 @@ def test_the_last_cleanup_closes_the_node(bus: Any) -> None:
     drivers[-1].cleanup()
     with pytest.raises(Exception, match="closed"):
         node.nodes()
+
+
+def test_threads_that_use_a_transport_first_at_the_same_time_leave_nothing_open_after_its_cleanup(bus: Any) -> None:
+    for _ in range(20):
+        driver = oslo_messaging.get_rpc_transport(cfg.ConfigOpts(), "zmq://")._driver
+        together = threading.Barrier(16)
+
+        def use(driver: Any = driver, together: threading.Barrier = together) -> Any:
+            together.wait()
+            return driver.core.node
+
+        with ThreadPoolExecutor(16) as threads:
+            (node,) = {each.result() for each in [threads.submit(use) for _ in range(16)]}
+        driver.cleanup()
+        with pytest.raises(Exception, match="closed"):
+            node.nodes()
 
 
 def test_names_with_signs_are_kept_apart(bus: Any) -> None:

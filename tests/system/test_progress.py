@@ -35,8 +35,7 @@ def started_by(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize(("name", "number"), [*((each, signal.SIGINT) for each in LONG), ("stress", signal.SIGTERM)])
 def test_long_run_ends_soon_when_it_is_interrupted_and_leaves_nothing(
     name: str, number: signal.Signals, eventually: Callable[..., None]
 ) -> None:

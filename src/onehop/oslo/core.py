@@ -255,18 +255,18 @@ class Cores:
 
     def _start(self) -> None:
         self.life = object()  # pids come again
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._table: dict[tuple[tuple[str, Any], ...], Core] = {}
 
     def acquire(self, given: dict[str, Any]) -> Core:
         key = tuple(sorted(given.items()))
-        with self._lock:
+        with self.lock:
             core = self._table.get(key) or self._table.setdefault(key, Core(given))
             core.users += 1
             return core
 
     def release(self, core: Core) -> None:
-        with self._lock:
+        with self.lock:
             core.users -= 1
             if core.users:
                 return

@@ -70,10 +70,11 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
             SendFailed: the transport was cleaned up.
         """
         if self._core is None or self._life is not CORES.life:
-            if self._cleaned_up:
-                raise SendFailed("this transport was cleaned up; make a new one with get_rpc_transport()")
-            self._core = CORES.acquire(options.read(self.conf, self._url))
-            self._life = CORES.life
+            with CORES.lock:  # of threads that come first together one takes it, as it is given back once
+                if self._core is None or self._life is not CORES.life:
+                    if self._cleaned_up:
+                        raise SendFailed("this transport was cleaned up; make a new one with get_rpc_transport()")
+                    self._core, self._life = CORES.acquire(options.read(self.conf, self._url)), CORES.life
         return self._core
 
     def send(
