@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import pytest
 from tests.transport.conftest import InboundBench
@@ -14,6 +16,7 @@ from onehop.protocol import wire
 from onehop.protocol.inbox import Request
 from onehop.transport.inbound import BATCH, CALM, HELD_UP
 from onehop.transport.queue import LENT, TOGETHER, Queue
+from onehop.transport.waiting import new_lock
 
 SOON = 2.0
 FAR = 30.0
@@ -54,6 +57,44 @@ def test_taker_whose_time_is_up_gets_nothing(inbound_bench: InboundBench) -> Non
     began = time.monotonic()
     assert inbound_bench.inbound.take(queue, began + 0.1) is None
     assert 0.09 < time.monotonic() - began < 1.1
+
+
+def test_request_that_comes_to_its_queue_after_that_was_closed_is_refused(inbound_bench: InboundBench) -> None:
+    bench = inbound_bench
+    queue = bench.offer("clock")
+
+    def close() -> None:  # when the inbox has taken it, and before it is handed over
+        assert len(bench.inbox.taken) == 1
+        assert not queue
+        queue.stop()
+        bench.inbound.refuse_rest(queue)
+
+    bench.socket.sends.append(close)
+    bench.arrive(bench.request("nobody's"))  # so that something is sent between the two
+    take_in(bench, "clock")
+    bench.inbound.look(time.monotonic())
+    assert bench.kinds_sent() == [wire.REJECT, wire.REJECT]
+    assert bench.inbox.refused["draining"] == 1
+    assert bench.inbox.taken == {}
+    assert not queue
+
+
+def test_interrupt_leaves_nobody_to_be_woken_in_the_place_of_one_who_waits(inbound_bench: InboundBench) -> None:
+    queue = inbound_bench.offer("clock")
+    lock = new_lock()
+    lock.acquire()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            queue.wait(lock, SOON)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not queue.idle
 
 
 def test_leader_wakes_the_taker_of_another_queue(inbound_bench: InboundBench, background, eventually) -> None:

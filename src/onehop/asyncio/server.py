@@ -302,5 +302,5 @@ class Listener:
     async def close(self) -> None:
         """:meth:`stop`, and refuse what was not polled. May be called twice."""
         await self.stop()
-        while not self._engine.inherited and self._queue.tasks:
-            self._queue.inbound.refuse(self._queue.pop(), "draining")
+        if not self._engine.inherited:
+            self._queue.inbound.refuse_rest(self._queue)

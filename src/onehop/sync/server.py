@@ -169,12 +169,8 @@ class Listener:
         """:meth:`stop`, and refuse what was not polled. May be called twice."""
         self.stop()
         engine = self._engine
-        while engine is not None and engine.inbound is not None:
-            try:
-                request = self._queue.pop()
-            except IndexError:  # a poll may take the last one
-                return
-            engine.inbound.refuse(request, "draining")
+        if engine is not None and engine.inbound is not None:
+            engine.inbound.refuse_rest(self._queue)
 
     def _after_fork(self) -> None:
         self._engine = None

@@ -118,6 +118,16 @@ class Inbound:
         self.count_refused(reason)
         self.answer(request, wire.reject(request.id, reason) if request.kind == wire.REQUEST else None)
 
+    def refuse_rest(self, queue: Queue) -> None:
+        """Refuse what waits in ``queue``, which nobody polls any more, and what is still on its way there.
+
+        Between the inbox, which takes nothing more for it, and the queue is whoever receives.
+        """
+        queue.closed = True
+        while queue:
+            with suppress(IndexError):  # a last poll, or who receives, may be quicker
+                self.refuse(queue.pop(), "draining")
+
     def change(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do ``action(inbox, *arguments)`` under its lock, and send what it wants sent."""
         moved: list[Request] = []
@@ -327,8 +337,11 @@ class Inbound:
                 mine = None  # the first is taken by who asks
             else:
                 try:
-                    if not target.wake_one() and not leading and target is self._leading_for:
-                        self._wake.set()
+                    if not target.wake_one():
+                        if target.closed:
+                            self.refuse_rest(target)
+                        elif not leading and target is self._leading_for:
+                            self._wake.set()
                 except RuntimeError:
                     target.tasks.remove(request)
                     self.refuse(request, "full")

@@ -50,6 +50,7 @@ class Queue:
         begun: requests that workers have begun.
         lines: of callers with many requests, in turn; ``held``: how many requests stand there.
         pooled: whether a worker runs some of the methods.
+        closed: whether nobody takes what is still on its way here; see :meth:`Inbound.refuse_rest`.
         beside: another queue that stops with it, right after.
         inbound: where the requests come from, and the answers go.
     """
@@ -66,7 +67,7 @@ class Queue:
     ) -> None:
         self.tasks: deque[Request] = deque()
         self.idle: list[Any] = []
-        self.stopped = False
+        self.stopped = self.closed = False
         self.lines: dict[Sender, deque[Request]] = {}
         self.held = 0
         self.run = run
@@ -151,12 +152,14 @@ class Queue:
     def wait(self, lock: Any, seconds: float) -> None:
         """Sleep on ``lock`` (which the caller holds) until woken, unless there is something to do already."""
         self.idle.append(lock)
-        if not self.tasks and not self.stopped:  # looked at after the lock can be found
-            acquire(lock, seconds)
         try:
-            self.idle.remove(lock)
-        except ValueError:
-            acquire(lock, 0)  # it was taken out to wake us: take the wake-up too
+            if not self.tasks and not self.stopped:  # looked at after the lock can be found
+                acquire(lock, seconds)
+        finally:  # an interrupt (Ctrl-C) must not leave it there, to be woken in the place of one who waits
+            try:
+                self.idle.remove(lock)
+            except ValueError:
+                acquire(lock, 0)  # it was taken out to wake us: take the wake-up too
 
     def _sleep(self, lock: Any) -> None:
         """:meth:`wait` of a worker, whose lock is released only by who took it out of the list."""
