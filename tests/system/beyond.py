@@ -498,6 +498,17 @@ def returning(
     }
 
 
+def broken(returned: dict[str, Any], within: float = 30.0) -> list[str]:
+    """What of :func:`returning`'s figures is not as promised, with ``within`` seconds for all to come back."""
+    back, most = returned["all answered again after"], returned["most attempts in a second"]
+    wrong = [] if back < within else [f"the last one was back after {back:.1f} s only"]
+    if not most < 300:
+        wrong.append(f"{most:.0f} attempts in a second")
+    if returned["outcomes of others"].keys() != {"ok"}:
+        wrong.append(f"calls of others: {returned['outcomes of others']}")
+    return wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--registry", choices=KINDS, nargs="+", default=list(KINDS))
@@ -507,6 +518,7 @@ def main() -> None:
     parser.add_argument("--outage", type=float, default=20.0, help="seconds for which the registry is stopped")
     parser.add_argument("--only-restart", action="store_true", help="measure nothing but that")
     given = parser.parse_args()
+    wrong: list[str] = []
     for kind in given.registry:
         found: dict[str, Any] = {"registry": kind}
         if not given.only_restart:
@@ -518,10 +530,13 @@ def main() -> None:
         if given.callers:
             with beyond(kind) as (hosts, registry):
                 found["restart"] = returning(hosts, registry, given.callers, 4, sessions=given.sessions)
+                if given.sessions == "one":  # what is promised holds for that
+                    wrong += [f"{kind}: {each}" for each in broken(found["restart"])]
         if kind != "hosts" and given.outage and not given.only_restart:
             with beyond(kind) as (hosts, registry):
                 found["outage"] = outage(hosts, registry, given.outage)
         print(json.dumps(found, indent=1), flush=True)
+    sys.exit("\n".join(wrong) or None)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.system.beyond import KINDS, LOAD, SERVER, Program, Registry, death, joins, outage, returning
+from tests.system.beyond import KINDS, LOAD, SERVER, Program, Registry, broken, death, joins, outage, returning
 
 from onehop.testing.hosts import Hosts
 
@@ -65,9 +65,7 @@ def test_callers_of_a_server_that_is_started_again_come_back_in_turn(hosts, kind
         found = returning(hosts, registry, 400, 2, period=2.0)  # as long as the last one's turn: then most would meet
     back, attempts = found["all answered again after"], found["most attempts in a second"]
     print(f"R18  restart with 400 callers, {kind}: all back after {back:.1f} s, {attempts:.0f} attempts/s")
-    assert found["all answered again after"] < 10.0, found
-    assert found["most attempts in a second"] < 300, found
-    assert found["outcomes of others"].keys() == {"ok"}, found
+    assert not broken(found, within=10.0)
 
 
 def test_two_realms_of_one_registry_never_see_each_other(hosts, registry) -> None:

@@ -27,6 +27,7 @@ from tests.system.beyond import Program, Registry, beyond
 from onehop.testing.hosts import Hosts
 
 DEAD = 10
+WITHIN = 7.0  # seconds
 PORTS_FROM = 9501
 ALIVE_LEASE = "30"  # seconds, as docs/topics/sizing.md says for so many
 
@@ -133,13 +134,29 @@ def wide(hosts: Hosts, registry: Registry, receivers: int, processes: int = 8) -
     return found
 
 
+def broken(found: dict[str, dict[str, Any]], receivers: int) -> list[str]:
+    """What of :func:`wide`'s figures is not as promised."""
+    wrong: list[str] = []
+    for name, each in found.items():
+        if not each["named"]:
+            wrong.append(f"{name}: not the dead ones, and only they, are named")
+        alive = receivers - (0 if name == "nobody" else DEAD)
+        if each["taken"] != alive:
+            wrong.append(f"{name}: {each['taken']} of {alive} took it")
+        if not each["seconds"] < WITHIN:
+            wrong.append(f"{name}: the receipts were there after {each['seconds']:.1f} s only")
+    return wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--receivers", type=int, default=1_000)
     parser.add_argument("--processes", type=int, default=8)
     given = parser.parse_args()
     with beyond("redis") as (hosts, registry):
-        print(json.dumps(wide(hosts, registry, given.receivers, given.processes), indent=1))
+        found = wide(hosts, registry, given.receivers, given.processes)
+    print(json.dumps(found, indent=1))
+    sys.exit("\n".join(broken(found, given.receivers)) or None)
 
 
 if __name__ == "__main__":
