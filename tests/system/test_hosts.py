@@ -131,6 +131,13 @@ def test_a_program_is_told_where_it_is_unless_it_is_told_otherwise(hosts: Hosts)
     assert told.stdout.split() == ["another", hosts[1].run_directory]
 
 
+def test_a_program_is_told_no_settings_of_who_starts_it(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEHOP_REGISTRY", "redis://elsewhere")
+    monkeypatch.setenv("ELSE", "told")
+    show = [sys.executable, "-c", "import os; print(os.environ.get('ONEHOP_REGISTRY'), os.environ.get('ELSE'))"]
+    assert hosts[1].run(show, capture_output=True, text=True).stdout.split() == ["None", "told"]
+
+
 def test_loopback_is_each_hosts_own(hosts: Hosts, sockets: ExitStack) -> None:
     with hosts[0].inside():
         server = sockets.enter_context(socket.create_server(("127.0.0.1", 0)))

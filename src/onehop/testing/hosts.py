@@ -36,11 +36,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
 
 from onehop.errors import OnehopError
+from onehop.settings import ENVIRONMENT_PREFIX, Settings
 from onehop.testing import switch
 
 MOST_HOSTS = 400
@@ -130,7 +132,7 @@ class Host:
 
         Args:
             argv: the program and its arguments.
-            env: variables besides those of this process and of :attr:`environment`; they win.
+            env: variables besides those of :attr:`environment`, and of this process but for its settings; they win.
             options: as of :class:`subprocess.Popen`.
 
         Raises:
@@ -184,7 +186,13 @@ class Host:
         self._processes.clear()
 
     def _variables(self, more: Mapping[str, str] | None) -> dict[str, str]:
-        return {**os.environ, **self.environment, **(more or {})}
+        return {**without_settings(os.environ), **self.environment, **(more or {})}
+
+
+def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """These variables but for settings: those are meant for the nodes of whoever starts a run, not for the run's."""
+    settings = {ENVIRONMENT_PREFIX + each.name.upper() for each in fields(Settings)}
+    return {name: value for name, value in environment.items() if name not in settings}
 
 
 class Hosts(Sequence[Host]):

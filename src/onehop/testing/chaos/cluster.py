@@ -14,7 +14,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
@@ -23,19 +22,16 @@ from typing import Any, Self
 import msgspec
 
 from onehop.errors import OnehopError
-from onehop.settings import ENVIRONMENT_PREFIX, Settings
 from onehop.testing.chaos import plan
 from onehop.testing.chaos.plan import Fault
 from onehop.testing.chaos.programs import LEDGER, NAME, SERVICE, Job
-from onehop.testing.hosts import Host, Hosts
+from onehop.testing.hosts import Host, Hosts, without_settings
 from onehop.testing.ledger import Ledger, Outage, read
 
 START_LIMIT, END_LIMIT = 60.0, 30.0
 LOSS, DELAY = 0.2, 0.2
 PROGRAM = (sys.executable, "-m", "onehop.testing.chaos.programs")
 HOSTS_IN_THE_URL = 5
-SETTINGS = {ENVIRONMENT_PREFIX + each.name.upper() for each in fields(Settings)}
-"""Variables that are meant for other nodes of whoever starts a run, and not for its processes."""
 IN_LOOP = "onehop.testing.chaos.programs:OnehopInLoop"
 REGISTRY_PORTS = range(15_000, 32_000)
 """Outside the ephemeral range: no connection takes the port while the registry is down."""
@@ -49,7 +45,7 @@ class Program:
         argv: what is run.
         host: on which test host; None for this one.
         log: where its standard error goes.
-        env: variables besides those of this process, and of the test host.
+        env: variables besides those of this process but for its settings, and of the test host.
     """
 
     def __init__(
@@ -59,12 +55,11 @@ class Program:
         self.host = host
         self.ready = threading.Event()
         self._log = log
-        inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
         start: Callable[..., subprocess.Popen[str]] = subprocess.Popen if host is None else host.start
         with open(log, "ab") as errors:
             self.process = start(
                 list(argv),
-                env={**inherited, **env} if host is None else env,
+                env={**without_settings(os.environ), **env} if host is None else env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
