@@ -21,6 +21,8 @@ import onehop.asyncio
 from onehop import Node
 from onehop.settings import ENVIRONMENT_PREFIX
 
+pytest.register_assert_rewrite("tests.registry.outages")  # tests of several registries, which say what was there, too
+
 FIGURES = re.compile(r"(R\d+|Soak)  ")
 """How a line of output begins that tells the figures of a row of docs/reliability."""
 

@@ -13,14 +13,15 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
 import msgspec
 import pytest
-from tests.registry.servers import Proxy, Server, eventually
+from tests.registry.servers import Proxy, Server
+from tests.registry.views import Views, eventually
 
 from onehop.interfaces import Record
 from onehop.registry import open_registry
@@ -35,32 +36,6 @@ LOGGER = "onehop.registry"
 def record(number: int, **fields: object) -> Record:
     values = {"host": f"host-{number}", "services": {"clock": ("a",)}, "endpoints": ("tcp://192.0.2.1:9501",)} | fields
     return Record(node=f"{number:032x}", **values)  # type: ignore[arg-type]
-
-
-class Views:
-    """A deliver that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.all: list[Sequence[Record]] = []
-
-    def __call__(self, records: Sequence[Record]) -> None:
-        self.all.append(records)
-
-    @property
-    def last(self) -> Sequence[Record]:
-        return self.all[-1]
-
-    @property
-    def nodes(self) -> list[int]:
-        return [int(each.node, 16) for each in self.last]
-
-    def become(self, *numbers: int, within: float) -> None:
-        eventually(lambda: self.nodes == list(numbers), within)
-        assert self.nodes == list(numbers), f"not within {within} s"
-
-    def fewest_since(self, mark: int) -> int:
-        """The smallest number of records delivered since there were ``mark`` views."""
-        return min(map(len, self.all[max(0, mark - 1) :]))
 
 
 class Cluster:
@@ -168,34 +143,34 @@ class Outages:
         views = cluster.watched()
         cluster.announced(record(1), record(2), record(3))
         with cluster.process(record(4)):
-            views.become(1, 2, 3, 4, within=self.within)
+            assert views.become(1, 2, 3, 4, within=self.within)
             time.sleep(self.hold)  # the connection has to be an old one: that time is the subject
             assert views.nodes == [1, 2, 3, 4]
-        views.become(1, 2, 3, within=self.expired)
+        assert views.become(1, 2, 3, within=self.expired)
 
     def test_half_of_all_who_vanish_together_are_held_for_a_while(self, cluster: Cluster) -> None:
         views = cluster.watched()
         cluster.announced(record(1), record(2))
         with cluster.process(record(3)), cluster.process(record(4)):
-            views.become(1, 2, 3, 4, within=self.within)
+            assert views.become(1, 2, 3, 4, within=self.within)
             time.sleep(self.hold)  # as above
         killed = time.monotonic()
-        views.become(1, 2, within=self.expired + self.hold + self.within)
+        assert views.become(1, 2, within=self.expired + self.hold + self.within)
         assert time.monotonic() - killed > self.hold / 2  # where the machine is busy, a lease may have ended before
 
     def test_one_of_two_holders_of_a_server_name_dies_and_the_other_stays(self, cluster: Cluster) -> None:
         views = cluster.watched()
         cluster.announced(record(1))
         with cluster.process(record(2)):
-            views.become(1, 2, within=self.within)
+            assert views.become(1, 2, within=self.within)
         mark = len(views.all)
-        views.become(1, within=self.expired + self.hold)
+        assert views.become(1, within=self.expired + self.hold)
         assert all(record(1) in view for view in views.all[mark - 1 :])
 
     def test_what_an_earlier_session_left_does_not_take_a_newer_record_away(self, cluster: Cluster) -> None:
         views = cluster.watched()
         with cluster.process(record(1, version="old")) as pid:
-            views.become(1, within=self.within)
+            assert views.become(1, within=self.within)
             os.kill(pid, signal.SIGSTOP)  # it renews nothing any more, and its lease ends on its own
             cluster.announced(record(1, version="new"))
             assert eventually(lambda: views.last == (record(1, version="new"),), self.within)
@@ -222,7 +197,7 @@ class Outages:
             registry.announce(record(number))
         watching = [cluster.watched(cluster.open(realm=name), "") for name in names]
         for number, views in enumerate(watching):
-            views.become(number, within=self.within)
+            assert views.become(number, within=self.within)
         registries[0].announce(record(0, version="new"))
         assert eventually(lambda: watching[0].last == (record(0, version="new"),), self.within)
         assert all(view == () or [each.node for each in view] == [record(number).node]
@@ -254,13 +229,13 @@ class Outages:
                 server.garble(cluster.settings.realm, "clock", node, value)
             assert eventually(lambda: set(registry.skipped) == {f"clock/{node}" for node in garbage}, self.expired)
             cluster.announced(record(2))
-            views.become(1, 2, within=self.within)
+            assert views.become(1, 2, within=self.within)
         for node in garbage:
             assert [f"clock/{node}" in each.getMessage() for each in caplog.records].count(True) == 1
-        cluster.watched().become(1, 2, within=self.within)
+        assert cluster.watched().become(1, 2, within=self.within)
         mended = msgspec.json.encode(record(11))
         server.garble(cluster.settings.realm, "clock", record(11).node, mended)
-        views.become(1, 2, 11, within=self.expired)
+        assert views.become(1, 2, 11, within=self.expired)
         assert f"clock/{11:032x}" not in registry.skipped
 
     def test_slow_answers_are_answers(self, server: Server, cluster: Cluster) -> None:
@@ -268,14 +243,14 @@ class Outages:
             registry = cluster.open(url=server.url(port=proxy.port))
             registry.announce(record(1))
             slow = cluster.watched(cluster.open(url=server.url(port=proxy.port)))
-            slow.become(1, within=self.within + self.lease)
+            assert slow.become(1, within=self.within + self.lease)
             views = cluster.watched()
             mark = len(views.all)
             time.sleep(2 * self.lease)  # the lease has to be renewed through it
             assert views.nodes == slow.nodes == [1]
             assert len(views.all) == mark
             cluster.announced(record(2))
-            slow.become(1, 2, within=self.within + self.lease)
+            assert slow.become(1, 2, within=self.within + self.lease)
 
     # --- while it is away ---
 
@@ -284,14 +259,14 @@ class Outages:
     ) -> None:
         views = cluster.watched()
         cluster.announced(*(record(number) for number in range(1, 6)))
-        views.become(1, 2, 3, 4, 5, within=self.within)
+        assert views.become(1, 2, 3, 4, 5, within=self.within)
         mark = len(views.all)
         with caplog.at_level(logging.INFO, LOGGER):
             server.restart()
             cluster.announced(record(6))
-            views.become(1, 2, 3, 4, 5, 6, within=20.0)
+            assert views.become(1, 2, 3, 4, 5, 6, within=20.0)
             fresh = cluster.watched()
-            fresh.become(1, 2, 3, 4, 5, 6, within=10.0)
+            assert fresh.become(1, 2, 3, 4, 5, 6, within=10.0)
             time.sleep(self.hold)  # who was held would go now
         assert views.nodes == [1, 2, 3, 4, 5, 6]
         assert views.fewest_since(mark) == 5
@@ -301,11 +276,11 @@ class Outages:
         views = cluster.watched()
         numbers = range(1, 21)
         cluster.announced(*map(record, numbers))
-        views.become(*numbers, within=self.within)
+        assert views.become(*numbers, within=self.within)
         mark = len(views.all)
         server.wipe()
         fresh = cluster.watched()
-        fresh.become(*numbers, within=20.0)
+        assert fresh.become(*numbers, within=20.0)
         time.sleep(self.hold + self.within)  # who was held would go now
         assert views.nodes == list(numbers)
         assert views.fewest_since(mark) == len(numbers)
@@ -313,15 +288,15 @@ class Outages:
     def test_nobody_is_dropped_over_a_pause_longer_than_the_lease(self, server: Server, cluster: Cluster) -> None:
         views = cluster.watched()
         cluster.announced(*(record(number) for number in range(1, 6)))
-        views.become(1, 2, 3, 4, 5, within=self.within)
+        assert views.become(1, 2, 3, 4, 5, within=self.within)
         mark = len(views.all)
         server.pause()
         time.sleep(3 * self.lease)  # the pause is the subject
         server.resume()
         late = cluster.open()
         late.announce(record(6))
-        views.become(1, 2, 3, 4, 5, 6, within=20.0)
-        cluster.watched().become(1, 2, 3, 4, 5, 6, within=10.0)
+        assert views.become(1, 2, 3, 4, 5, 6, within=20.0)
+        assert cluster.watched().become(1, 2, 3, 4, 5, 6, within=10.0)
         time.sleep(self.hold)  # who was held would go now
         assert views.nodes == [1, 2, 3, 4, 5, 6]
         assert views.fewest_since(mark) == 5
@@ -330,12 +305,12 @@ class Outages:
         views = cluster.watched()
         cluster.announced(record(1), record(2))
         with cluster.process(record(3)):
-            views.become(1, 2, 3, within=self.within)
+            assert views.become(1, 2, 3, within=self.within)
             server.stop()
         time.sleep(self.lease)  # its lease would have ended
         assert views.nodes == [1, 2, 3]
         server.start()
-        views.become(1, 2, within=20.0)
+        assert views.become(1, 2, within=20.0)
 
     def test_a_start_without_it_knows_what_was_known_before(
         self, server: Server, cluster: Cluster, tmp_path: Path
@@ -343,7 +318,7 @@ class Outages:
         cache = {"cache_directory": str(tmp_path / "cache")}
         cluster.announced(record(1), record(2))
         first = cluster.open(**cache)
-        cluster.watched(first).become(1, 2, within=self.within)
+        assert cluster.watched(first).become(1, 2, within=self.within)
         assert eventually(lambda: list((tmp_path / "cache").glob("clock-*.json")), 10.0)
         first.close()
         server.stop()

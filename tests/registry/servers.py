@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -22,20 +22,11 @@ from typing import Any, Self
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from tests.registry.views import eventually
 
 from onehop.testing.chaos.cluster import free_port
 
 START_WITHIN = 30.0  # seconds; the machine may be busy
-
-
-def eventually(condition: Callable[[], object], within: float) -> bool:
-    """Whether ``condition`` becomes true within so many seconds."""
-    deadline = time.monotonic() + within
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 class Server(ABC):

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import pytest
 from tests.registry.etcd_server import Etcd, EtcdCluster, encoded
-from tests.registry.outages import Outages, Views, record
+from tests.registry.outages import Outages, record
+from tests.registry.views import Views
 
 from onehop.errors import RegistryError, SettingsError
 from onehop.registry import open_registry
@@ -639,11 +640,11 @@ def test_nobody_is_dropped_when_a_member_dies(three: EtcdCluster, stores: Stores
         for number, each in enumerate(registries[:5]):
             each.announce(record(number))
         assert registries[0].want("clock", WITHIN)
-        views.become(0, 1, 2, 3, 4, within=WITHIN)
+        assert views.become(0, 1, 2, 3, 4, within=WITHIN)
         mark = len(views.all)
         three.members[0].stop()
         registries[5].announce(record(5))
-        views.become(0, 1, 2, 3, 4, 5, within=WITHIN)
+        assert views.become(0, 1, 2, 3, 4, 5, within=WITHIN)
         assert views.fewest_since(mark) == 5
     three.start()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.registry.views import Views, eventually, numbers
 
 from onehop.errors import RegistryError, SettingsError
 from onehop.interfaces import Record
@@ -38,43 +39,6 @@ _networks = count(random.randrange(200))
 
 def record(number: int, **fields: Any) -> Record:
     return Record(**{"node": f"{number:032x}", "host": f"host-{number // 10}", "services": {"clock": ("a",)}} | fields)
-
-
-def eventually(condition: Callable[[], object], within: float = 10.0) -> bool:
-    deadline = time.monotonic() + within
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
-
-
-class Views:
-    """A deliver that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.all: list[Sequence[Record]] = []
-
-    def __call__(self, records: Sequence[Record]) -> None:
-        self.all.append(records)
-
-    @property
-    def nodes(self) -> list[int]:
-        return numbers(self.all[-1])
-
-    def become(self, *wanted: int, within: float = 10.0) -> bool:
-        return eventually(lambda: self.nodes == sorted(wanted), within)
-
-    def always_had(self, number: int, since: int = 0) -> bool:
-        return all(number in numbers(each) for each in self.all[since:])
-
-    def remain(self, *wanted: int, seconds: float) -> bool:
-        """Whether nothing changes for a time."""
-        return not eventually(lambda: self.nodes != sorted(wanted), seconds)
-
-
-def numbers(records: Sequence[Record]) -> list[int]:
-    return [int(each.node, 16) for each in records]
 
 
 class Process:

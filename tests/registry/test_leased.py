@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.registry.memory_store import Database
-from tests.registry.outages import Views, record
-from tests.registry.servers import eventually
+from tests.registry.outages import record
+from tests.registry.views import Views, eventually
 
 from onehop.errors import RegistryError
 from onehop.interfaces import Deliver, Record

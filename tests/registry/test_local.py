@@ -23,6 +23,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.registry.views import Views, eventually, in_child
 
 from onehop.errors import RegistryError, SettingsError
 from onehop.interfaces import Record
@@ -41,54 +42,6 @@ Open = Callable[..., LocalRegistry]
 
 def record(number: int, **fields: object) -> Record:
     return Record(node=f"{number:032x}", host="host-1", services={"clock": ("a",)}, **fields)  # type: ignore[arg-type]
-
-
-def eventually(condition: Callable[[], bool], within: float = 5.0) -> bool:
-    deadline = time.monotonic() + within
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
-
-
-class Views:
-    """A deliver that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.all: list[Sequence[Record]] = []
-
-    def __call__(self, records: Sequence[Record]) -> None:
-        self.all.append(records)
-
-    @property
-    def nodes(self) -> list[int]:
-        return [int(each.node, 16) for each in self.all[-1]]
-
-    def become(self, *numbers: int, within: float = 5.0) -> bool:
-        return eventually(lambda: self.nodes == list(numbers), within)
-
-
-def in_child(work: Callable[[], object], *, user: int | None = None, groups: Sequence[int] = ()) -> str:
-    """What `work` returns in a forked process of that user, or the error it raises, as text."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            if user is not None:
-                os.setgroups(groups)
-                os.setgid(groups[0] if groups else user)
-                os.setuid(user)
-            result = str(work())
-        except BaseException as error:
-            result = f"{type(error).__name__}: {error}"
-        os.write(writing, result.encode())
-        os._exit(0)
-    os.close(writing)
-    with open(reading) as file:
-        result = file.read()
-    os.waitpid(pid, 0)
-    return result
 
 
 @pytest.fixture

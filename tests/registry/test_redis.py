@@ -16,8 +16,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.registry.outages import Cluster, Outages, Views, record
-from tests.registry.servers import Redis, Sentinel, Sentinels, eventually, free_port
+from tests.registry.outages import Cluster, Outages, record
+from tests.registry.servers import Redis, Sentinel, Sentinels, free_port
+from tests.registry.views import Views, eventually
 
 from onehop.errors import RegistryError, SettingsError
 from onehop.registry import open_registry
@@ -39,10 +40,10 @@ class TestRedis(Outages):
         views = cluster.watched()
         numbers = range(1, 21)
         cluster.announced(*map(record, numbers))
-        views.become(*numbers, within=self.within)
+        assert views.become(*numbers, within=self.within)
         mark = len(views.all)
         server.flush()
-        cluster.watched().become(*numbers, within=self.expired + self.lease)
+        assert cluster.watched().become(*numbers, within=self.expired + self.lease)
         time.sleep(self.hold)  # who was held would go now
         assert views.nodes == list(numbers)
         assert views.fewest_since(mark) == len(numbers)
@@ -194,7 +195,7 @@ def test_a_server_without_memory_is_away_until_it_has_some(
         assert "has no memory left for a record (its setting maxmemory)" in caplog.text
         with server.client() as client:
             client.config_set("maxmemory", 0)
-        assert watched(registry).become(1, within=20.0) is None
+        assert watched(registry).become(1, within=20.0)
 
 
 def test_who_was_announced_stays_where_memory_runs_out_and_connections_break(
@@ -233,15 +234,15 @@ def test_other_peoples_data_under_one_services_keys_hides_no_other_service(
         for service in ("bbb", ""):
             assert registry.want(service, 10.0)
         opened(server.url()).announce(record(1, services={"bbb": ("a",)}))
-        views.become(1, within=5.0)
+        assert views.become(1, within=5.0)
         client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
         opened(server.url()).announce(record(2, services={"bbb": ("a",)}))
-        views.become(1, 2, within=10.0)
+        assert views.become(1, 2, within=10.0)
         (warning,) = [each for each in caplog.records if "has to be removed" in each.getMessage()]
         assert f"onehop:default:{key}," in warning.getMessage()
         client.delete(f"onehop:default:{key}")
         opened(server.url()).announce(record(3, services={"aaa": ("a",)}))
-        views.become(1, 2, 3, within=10.0)
+        assert views.become(1, 2, 3, within=10.0)
 
 
 def test_names_that_are_none_of_ours_are_passed_by(server: Redis, opened: Callable[..., LeasedRegistry]) -> None:
@@ -252,7 +253,7 @@ def test_names_that_are_none_of_ours_are_passed_by(server: Redis, opened: Callab
         for name in strange:
             client.publish(f"onehop:default:0:change:{name}", f"5 put {record(7).node} x")
         opened(server.url()).announce(record(1))
-        views.become(1, within=5.0)
+        assert views.become(1, within=5.0)
         assert client.dbsize() == 4, "a record, its node, its service and the count of its changes"
 
 
@@ -269,15 +270,15 @@ def test_sentinels_name_the_new_primary_and_nobody_is_dropped(
         numbers = range(1, 6)
         for number in numbers:
             opened(cluster.url()).announce(record(number))
-        views.become(*numbers, within=5.0)
+        assert views.become(*numbers, within=5.0)
         mark = len(views.all)
         failed = cluster.primary()
         failed.pause()  # a primary that hangs is worse than one that is gone: its connections stay
         try:
             assert eventually(lambda: cluster.primary() is not failed, 30.0)
             opened(cluster.url()).announce(record(6))
-            views.become(*numbers, 6, within=30.0)
-            watched(opened(cluster.url())).become(*numbers, 6, within=20.0)
+            assert views.become(*numbers, 6, within=30.0)
+            assert watched(opened(cluster.url())).become(*numbers, 6, within=20.0)
         finally:
             failed.resume()
         time.sleep(2.5 * LEASE)  # who was held would go now
@@ -319,8 +320,8 @@ def test_two_databases_are_two_places(server: Redis, opened: Callable[..., Lease
     first, second = watched(opened(server.url(db="0"))), watched(opened(server.url(db="1")))
     opened(server.url(db="0")).announce(record(1))
     opened(server.url(db="1")).announce(record(2))
-    first.become(1, within=5.0)
-    second.become(2, within=5.0)
+    assert first.become(1, within=5.0)
+    assert second.become(2, within=5.0)
     assert all(2 not in [int(each.node, 16) for each in view] for view in first.all)
 
 
@@ -351,19 +352,19 @@ def test_a_lost_message_is_noticed(server: Redis, opened: Callable[..., LeasedRe
     views = watched(opened(server.url()))
     one = opened(server.url())
     one.announce(record(1))
-    views.become(1, within=5.0)
+    assert views.become(1, within=5.0)
     server.garble("default", "clock", record(2).node, msgspec.json.encode(record(2)))  # counted, and told to nobody
-    views.become(1, 2, within=LEASE)
+    assert views.become(1, 2, within=LEASE)
 
 
 def test_a_lost_message_is_noticed_by_the_next_one(server: Redis, opened: Callable[..., LeasedRegistry]) -> None:
     views = watched(opened(server.url()))
     one = opened(server.url())
     one.announce(record(1))
-    views.become(1, within=5.0)
+    assert views.become(1, within=5.0)
     server.garble("default", "clock", record(2).node, msgspec.json.encode(record(2)))
     one.announce(record(1, version="new"))
-    views.become(1, 2, within=LEASE)
+    assert views.become(1, 2, within=LEASE)
     assert views.last[0].version == "new"
 
 
@@ -373,18 +374,18 @@ def test_subscriptions_that_are_cut_are_made_again(server: Redis, opened: Callab
         for number in range(1, 4):
             client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
             opened(server.url()).announce(record(number))
-            views.become(*range(1, number + 1), within=10.0)
+            assert views.become(*range(1, number + 1), within=10.0)
 
 
 def test_rubbish_in_the_channel_is_no_change(server: Redis, opened: Callable[..., LeasedRegistry]) -> None:
     views = watched(opened(server.url()))
     opened(server.url()).announce(record(1))
-    views.become(1, within=5.0)
+    assert views.become(1, within=5.0)
     with server.client() as client:
         for rubbish in ("", "x", "1", "9999999999999999999 put", f"5 boil {record(7).node} x", "\xff\xff"):
             client.publish("onehop:default:0:change:clock", rubbish)
     opened(server.url()).announce(record(2))
-    views.become(1, 2, within=5.0)
+    assert views.become(1, 2, within=5.0)
 
 
 def test_who_wants_everything_hears_of_services_that_come_later(
@@ -392,7 +393,7 @@ def test_who_wants_everything_hears_of_services_that_come_later(
 ) -> None:
     views = watched(opened(server.url()), "")
     opened(server.url()).announce(record(1, services={"a new one": ("x",), "exchange/topic": ("y",)}))
-    views.become(1, within=5.0)
+    assert views.become(1, within=5.0)
     assert eventually(lambda: set(views.last[0].services) == {"a new one", "exchange/topic"}, 5.0)
 
 

@@ -9,13 +9,14 @@ import resource
 import signal
 import tempfile
 import tracemalloc
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.registry.views import in_child
 
 from onehop.interfaces import Record
 from onehop.registry.view import HOLD, RECORD_LIMIT, SETTLE, Cache, View, cache_directory
@@ -541,24 +542,6 @@ def test_a_directory_that_cannot_be_used_is_warned_of_once(tmp_path: Path, caplo
         assert useless.load("clock") == []
     (warning,) = [each.getMessage() for each in caplog.records]
     assert "cannot be written" in warning
-
-
-def in_child(work: Callable[[], object]) -> str:
-    """What `work` returns in a forked process, or the error it raises, as text."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            result = str(work())
-        except BaseException as error:
-            result = f"{type(error).__name__}: {error}"
-        os.write(writing, result.encode())
-        os._exit(0)
-    os.close(writing)
-    with open(reading) as file:
-        result = file.read()
-    os.waitpid(pid, 0)
-    return result
 
 
 def test_a_directory_that_may_not_be_searched_is_warned_of_and_no_more(tmp_path: Path) -> None:
