@@ -415,7 +415,7 @@ def test_where_no_inotify_is_left_changes_are_noticed_all_the_same(public_direct
             registry.watch(views)
         other = LocalRegistry(settings)
         other.announce(record(1))
-        views.become(1, within=NOTICED_WITHIN)
+        assert views.become(1, within=NOTICED_WITHIN)
         return views.nodes
 
     public_directory.chmod(0o777)
