@@ -66,7 +66,7 @@ LINES_OF_A_FILE = 700
 # it were whole where an item found no room; that a request which went on over a new connection is never said not to
 # have run, nor one that was left unanswered; that whoever runs one hears when its caller is gone; and that what is on
 # its way to a queue when that closes is refused.
-CODE_LINES_OF_THE_CORE = 5_310
+CODE_LINES_OF_THE_CORE = 5_340
 CORE = ("protocol", "transport", "oslo")
 
 

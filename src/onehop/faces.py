@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from onehop import handlers, payload
 from onehop.addresses import bracketed, listening_address, listening_ports
-from onehop.errors import Rejected, SettingsError, WireError
+from onehop.errors import EncodeError, Rejected, SettingsError, WireError
 from onehop.interfaces import Record, Registry
 from onehop.protocol import wire
 from onehop.protocol.calls import FAILED, Call
@@ -155,8 +155,16 @@ def bodies_of(many: Iterable[Sequence[Any] | Mapping[str, Any]]) -> Iterator[byt
     """
     pairs: list[Any] = []
     room = 1
-    for each in many:
-        pairs.append(((), each) if isinstance(each, Mapping) else (each, {}))
+    for number, each in enumerate(many):
+        if isinstance(each, Mapping):
+            pairs.append(((), each))
+        elif isinstance(each, Sequence) and not isinstance(each, str | bytes | bytearray):
+            pairs.append((each, {}))
+        else:
+            raise EncodeError(
+                f"run {number} of cast_many is given a {type(each).__name__}; it would be its positional arguments, as "
+                "a tuple or a list, or its keywords, as a dict"
+            )
         if len(pairs) >= room:
             body = payload.encode(pairs)
             room = max(1, min(MANY, len(pairs) * TOGETHER // len(body)))

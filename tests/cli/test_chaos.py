@@ -42,6 +42,39 @@ class Mixing(Onehop):
         return self.first.setdefault(method, super().call(method, *arguments, timeout=timeout))
 """
 
+BAD = """
+import os, signal
+import onehop
+from onehop.testing.chaos.programs import Onehop
+
+class Refusing(Onehop):
+    def call(self, method, *arguments, timeout):
+        raise onehop.Rejected("there is no room", reason="full")
+
+    cast = call
+
+class Crashing(Onehop):
+    def serve(self, name, methods):
+        super().serve(name, methods)
+        return lambda: os.kill(os.getpid(), signal.SIGSEGV)
+
+class Unfinished(Onehop):
+    def serve(self, name, methods):
+        super().serve(name, methods)
+        return lambda: False
+
+class Fragile(Onehop):
+    calls = 0
+
+    def serve(self, name, methods):
+        def call(request):
+            self.calls += 1
+            if self.calls == 20:
+                os._exit(7)
+            return methods["call"](request)
+        return super().serve(name, {**methods, "call": call})
+"""
+
 
 def test_same_arguments_give_the_same_plan_and_others_another() -> None:
     kinds = list(plan.FAULTS)
@@ -130,6 +163,31 @@ def test_a_process_that_ends_by_itself_fails_the_run_and_is_named(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"caller-1 (pid {caller}) has ended by itself" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("engine", "faults", "words"),
+    [
+        ("Refusing", ("--fault", "kill"), r"the ledger does not balance: 0 of \d+ requests came to what was wanted; "),
+        ("Crashing", ("--fault", "roll"), r"server-\d \(pid \d+\) ended with -11, and nobody struck it"),
+        ("Unfinished", ("--fault", "roll"), r"server-\d \(pid \d+\) ended without having answered everything"),
+        ("Fragile", ("--fault", "kill"), r"server-\d \(pid \d+\) ended with 7, and nobody struck it"),
+    ],
+)
+def test_an_engine_that_does_not_do_what_it_must_fails_the_run(
+    start: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    faults: tuple[str, ...],
+    words: str,
+) -> None:
+    (tmp_path / "bad.py").write_text(BAD)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    process = start("chaos", "--seconds", 5, "--rate", 40, "--over", f"bad:{engine}", *faults, cwd=tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert re.search(words, err.splitlines()[-1]), err
 
 
 def test_settings_of_other_nodes_are_none_of_a_run(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

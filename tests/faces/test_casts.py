@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from onehop import CallTimeout, NoRoute, PeerLost, Rejected, RemoteError
+from onehop import CallTimeout, EncodeError, NoRoute, PeerLost, Rejected, RemoteError
 
 
 class Ledger:
@@ -68,6 +68,39 @@ def test_cast_returns_once_it_is_taken_in_before_it_has_run(node, gate) -> None:
     gate.wait_entered()
     assert serving.statistics().taken == 1
     gate.open.set()
+
+
+def test_cast_that_was_taken_in_runs_however_long_it_waits(node, gate) -> None:
+    ledger = Ledger()
+    serving = node()
+    serving.serve("clock", {"hold": gate.hold, "note": ledger.note}, workers=1)
+    client = node().client("clock", timeout=0.2)
+    client.cast("hold")
+    gate.wait_entered()
+    client.cast("note", 1)
+    with pytest.raises(CallTimeout):
+        client.call("note", 2)  # which shows that their time has passed
+    client.cast("note", 3)
+    gate.open.set()
+    assert ledger.wait(2) == [1, 3]
+
+
+def test_calls_made_for_a_cast_have_their_own_time(node, gate) -> None:
+    ended = Ledger()
+    node().serve("slow", gate)
+    relaying = node()
+
+    def relay() -> None:
+        ended.note(relaying.call("slow", "hold"))
+
+    relaying.serve("relay", {"relay": relay})
+    calling = node()
+    calling.client("relay", timeout=0.2).cast("relay")
+    gate.wait_entered()
+    with pytest.raises(CallTimeout):
+        calling.client("slow", timeout=0.3).call("hold")
+    gate.open.set()
+    assert ended.wait(1) == [None]
 
 
 def test_casts_of_one_thread_run_in_order_at_one_worker(node) -> None:
@@ -150,6 +183,13 @@ def test_few_casts_travel_as_many_do(node, count) -> None:
     assert ledger.wait(count) == list(range(count))
     assert server.drain(5.0)
     assert len(ledger.entries) == count
+
+
+@pytest.mark.parametrize(("wrong", "named"), [(2, "int"), ("ab", "str"), (b"ab", "bytes"), (None, "NoneType")])
+def test_many_casts_of_what_are_no_arguments_are_told_which(node, wrong, named) -> None:
+    node().serve("clock", Ledger())
+    with pytest.raises(EncodeError, match=rf"^run 1 of cast_many is given a {named}; .* as a tuple or a list"):
+        node().client("clock").cast_many("note", [(1,), wrong])
 
 
 def test_many_casts_of_any_size_arrive(node) -> None:

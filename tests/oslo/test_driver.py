@@ -6,6 +6,9 @@ import importlib.metadata
 import inspect
 import logging
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -216,6 +219,58 @@ def test_what_cannot_be_sent_is_told_as_a_send_error(bus: Any) -> None:
             send({}, "echo", value="x" * 9_000_000)
 
 
+def test_a_cast_that_was_taken_in_runs_however_long_it_waits(bus: Any, eventually: Callable[..., Any]) -> None:
+    endpoint = Endpoint()
+    server = oslo_messaging.get_rpc_server(
+        bus.transport(), oslo_messaging.Target(topic="compute", server="h"), [endpoint]
+    )
+    server.start(override_pool_size=1)
+    client = bus.client("compute", bus.transport("zmq:///?cast_timeout=0.5&zone=client"), timeout=1)
+    client.cast({}, "hold")
+    assert endpoint.running.wait(10)
+    for number in range(2 * AHEAD):
+        client.cast({}, "note", value=number)
+    with pytest.raises(oslo_messaging.MessagingTimeout):
+        client.call({}, "note", value="too late")
+    endpoint.release.set()
+    eventually(lambda: endpoint.seen == ["hold", *range(2 * AHEAD)])
+    server.stop()
+    server.wait()
+
+
+def test_one_of_two_servers_stops_and_finishes_though_its_registry_cannot_be_written(
+    bus: Any, run_directory: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport, endpoint = bus.transport(), Endpoint()
+    server = bus.serve("compute", endpoint, transport=transport)
+    bus.serve("compute-alt", Endpoint(), transport=transport)
+    client = bus.client("compute", transport)
+    with ThreadPoolExecutor(1) as calling:
+        under_way = calling.submit(client.call, {}, "hold")
+        assert endpoint.running.wait(10)
+        shutil.rmtree(run_directory)
+        Path(run_directory).write_text("")
+        with caplog.at_level(logging.WARNING, "onehop"):
+            server.stop()
+        assert "the registry lists 'openstack/compute' at 'host-1' on" in caplog.text
+        endpoint.release.set()
+        server.wait()
+        assert under_way.result(10) is None
+    Path(run_directory).unlink()
+
+
+def test_what_cannot_listen_is_told_as_an_error_of_oslo_messaging(bus: Any, run_directory: str) -> None:
+    shutil.rmtree(run_directory)
+    Path(run_directory).write_text("")
+    with pytest.raises(oslo_messaging.MessagingException, match=f"cannot listen for .*compute: .*{run_directory}"):
+        bus.serve("compute", Endpoint())
+    Path(run_directory).unlink()
+    closed = bus.transport()
+    closed.cleanup()
+    with pytest.raises(oslo_messaging.MessagingException, match=r"cannot listen for .*compute: .*was cleaned up"):
+        bus.serve("compute", Endpoint(), transport=closed)
+
+
 def test_a_request_whose_caller_gave_up_is_not_run(bus: Any) -> None:
     endpoint = Endpoint()
     transport = bus.transport()
@@ -290,6 +345,49 @@ def test_what_nobody_takes_in_time_is_dropped_loudly(
     assert not core.held
     (record,) = [each for each in caplog.records if each.name.startswith("onehop.oslo")]
     assert "'note' to openstack/compute: nobody took it in time" in record.getMessage()
+
+
+SHORT_OF_DESCRIPTORS = """
+import os, resource, sys
+import oslo_messaging
+from oslo_config import cfg
+
+transport = oslo_messaging.get_rpc_transport(cfg.ConfigOpts(), "zmq://")
+client = oslo_messaging.get_rpc_client(transport, oslo_messaging.Target(topic="compute"))
+for number in range(3):
+    client.cast({}, "note", value=number)
+core = transport._driver.core
+taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30,) * 2)
+print("held", flush=True)
+sys.stdin.readline()  # somebody is there
+print(core._deliver_first(("openstack/compute", ""), present=True), core._messages, core.dropped, flush=True)
+for each in taken:
+    os.close(each)
+sys.stdin.readline()  # all was received
+print(core._messages, core.dropped, flush=True)
+os._exit(0)
+"""
+
+
+def test_what_is_held_waits_for_descriptors_too(bus: Any, eventually: Callable[..., Any]) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", SHORT_OF_DESCRIPTORS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as sender:
+        assert sender.stdin is not None
+        assert sender.stdout is not None
+        try:
+            assert sender.stdout.readline() == "held\n"
+            endpoint = Endpoint()
+            bus.serve("compute", endpoint)
+            sender.stdin.write("\n")
+            sender.stdin.flush()
+            assert sender.stdout.readline() == "False 3 0\n"
+            eventually(lambda: endpoint.seen == [0, 1, 2])
+            sender.stdin.write("\n")
+            sender.stdin.flush()
+            assert sender.stdout.readline() == "0 0\n"
+        finally:
+            sender.kill()
 
 
 @pytest.mark.parametrize("bound", ["outbox_messages=3", "outbox_bytes=150"])

@@ -209,6 +209,22 @@ def test_request_is_taken_in_with_all_that_its_caller_said(talk: Any) -> None:
     assert not talk.inbox.outgoing, "a call is answered by its reply"
 
 
+def test_cast_that_was_taken_in_never_expires(talk: Any) -> None:
+    for _ in range(2):  # the long way, and the express lane
+        talk.request(kind=wire.CAST, now=100.0, remaining=2.0)
+    for request in talk.moved:
+        assert request.deadline is None
+        assert not talk.inbox.expired(request, 1e12)
+    assert len(talk.moved) == 2
+
+
+def test_cast_that_comes_too_late_is_refused(talk: Any) -> None:
+    call = talk.request(kind=wire.CAST, remaining=0.0)
+    talk.carry_back()
+    assert (call.outcome, call.body[0]) == (REJECTED, "expired")
+    assert not talk.inbox.taken
+
+
 def test_request_without_deadline_never_expires(talk: Any) -> None:
     talk.request(remaining=None)
     [request] = talk.moved
@@ -947,7 +963,7 @@ def test_plain_request_is_known_by_its_address_from_the_second_on(talk: Any) -> 
     for request in others:
         assert (request.names, request.target, request.body) == (first.names, first.target, first.body)
         assert (request.flags, request.monitor, request.size) == (0, None, first.size)
-    assert [request.deadline for request in talk.moved] == [15.0] * 4 + [None]
+    assert [request.deadline for request in talk.moved] == [15.0, None, 15.0, None, None]
     assert [request.id for request in talk.moved] == [1, 2, 3, 4, 5]
     assert talk.inbox.taken_bytes == 5 * first.size
 

@@ -191,9 +191,10 @@ def kills(*, rate: float, seconds: float, every: float, callers: int = 1, settle
 
 def hung(name: str, kind: tuple[str, str], *, rate: float, lasts: float, callers: int = 1) -> Row:
     """R2, R3: one of three servers is paused, or its workers hang; then it goes on."""
-    # Few workers, so that all hang soon: who has one left that does not is served by it.
-    workers = 4 if kind is HANGS else 32
-    with Cluster(3, callers, rate=rate, timeout=10.0, threads=64, seconds=WORK, workers=workers) as cluster:
+    # Few workers, so that all hang soon: who has one left that does not is served by it. And what hangs is given up
+    # before it goes on, so that its reply comes late.
+    workers, timeout = (4, min(10.0, lasts / 2)) if kind is HANGS else (32, 10.0)
+    with Cluster(3, callers, rate=rate, timeout=timeout, threads=64, seconds=WORK, workers=workers) as cluster:
         cluster.go()
         cluster.follow([], WARM)
         end = cluster.begin(kind[0], 0)
@@ -209,9 +210,14 @@ def hung(name: str, kind: tuple[str, str], *, rate: float, lasts: float, callers
     judge.within(
         "out of rotation after, s", max((each.began - outage.began for each in hurt), default=0.0), OUT_OF_ROTATION
     )
-    judge.figure("waited at most, s", max((each.seconds for each in hurt), default=0.0))
+    waited = max((each.seconds for each in hurt), default=0.0)
+    if kind is PAUSES:
+        judge.within("waited at most, s", waited, DETECTED)
+    else:  # what hangs may yet be answered
+        judge.figure("waited at most, s", waited)
+        judge.at_least("late replies dropped and counted", sum(late), 1)
+    judge.offered(rate, WARM + lasts + BACK + 1.5)
     judge.within("back after, s", figures.reached(ledger, outage.name, outage.ended), BACK)
-    judge.figure("late replies dropped and counted", sum(late))
     return judge.row(cluster)
 
 
@@ -400,14 +406,14 @@ SHORT: dict[str, Callable[[], Row]] = {
 }
 SHORT_OF_LIVENESS: dict[str, Callable[[], Row]] = {
     "paused": lambda: hung("R2", PAUSES, rate=500, lasts=8.0),
-    "deadlocked": lambda: hung("R3", HANGS, rate=500, lasts=8.0),
+    "deadlocked": lambda: hung("R3", HANGS, rate=100, lasts=8.0),
     "killing": lambda: killing(rate=400, seconds=8.0),
     "refusing": lambda: refusing(rate=500, seconds=3.0),
 }
 LONG: dict[str, Callable[[float], Row]] = {
     "kills": lambda part: kills(rate=2000, seconds=WARM + 600 * part, every=5.0, callers=2),
     "paused": lambda part: hung("R2", PAUSES, rate=1000, lasts=max(8.0, 30 * part)),
-    "deadlocked": lambda part: hung("R3", HANGS, rate=1000, lasts=max(8.0, 30 * part)),
+    "deadlocked": lambda part: hung("R3", HANGS, rate=100, lasts=max(8.0, 30 * part)),
     "rolling": lambda part: rolling(rate=1000, times=max(1, round(20 * part))),
     "terminated": lambda _: terminated(rate=400),
     "killing": lambda part: killing(rate=400, seconds=max(8.0, 60 * part)),

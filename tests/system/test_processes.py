@@ -124,6 +124,33 @@ def test_sigterm_leaves_no_accepted_call_without_an_answer(serve, make_node, bac
     assert sorted(map(int, ledger.lines())) == answered
 
 
+SIGNALLED_IN_ITS_WAIT = """
+node = onehop.Node()
+node.serve("clock", {"read": time.time})
+signalled = threading.Event()
+
+def terminate():
+    if not signalled.is_set():
+        signalled.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def trace(frame, event, argument):
+    # where a wait written in Python has its lock: a handler that wants the same one waits for ever
+    if frame.f_code.co_filename == threading.__file__ and frame.f_code.co_name == "wait":
+        if event == "line" and "signaled" in frame.f_locals:
+            terminate()
+        return trace
+
+threading.Timer(0.2, terminate).start()
+sys.settrace(trace)
+print("drained", node.run(), flush=True)
+"""
+
+
+def test_sigterm_in_the_midst_of_the_wait_for_it_is_not_lost(start) -> None:
+    assert start(SIGNALLED_IN_ITS_WAIT).line() == "drained True"
+
+
 def test_servers_drained_one_after_the_other_under_load_fail_no_call(serve, make_node, background, ledger) -> None:
     servers = [serve(name) for name in ("a", "b", "c")]
     calling = make_node()

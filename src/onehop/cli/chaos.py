@@ -51,11 +51,12 @@ def chaos(
 
     Servers are killed (kill), stopped (pause), restarted in order (roll), or all their workers wait for a lock
     (hang). With --hosts, their hosts are cut off both ways (cut) or one way (one-way, deaf), lose packets (lossy) or
-    lose their power (power). One server at least is left alone at any time.
+    lose their power (power). Of several servers one at least is left alone at any time.
     With --fault registry, a Redis server of the run's own is the registry, on this host alone; it is killed, and
     comes back without what it knew.
     Every call, idempotent call and cast stands in the ledger, with its outcome and each of its executions; exit
-    code 1 if it does not balance.
+    code 1 if it does not balance, if half of them or more did not come to what was wanted, or if a process ended
+    badly that nobody had killed.
     """
     if context.obj:
         given = ", ".join(f"--{name.replace('_', '-')}" for name in context.obj)
@@ -95,6 +96,7 @@ def chaos(
             "seed": seed,
             "plan": [each._asdict() for each in faults],
             "asyncio": [f"caller-{place + 1}" for place in loops],
+            "not_sent": sum(each["behind"] for each in cluster.counts("caller")),
             **figures.report(found, cluster.outages, cluster.began),
         }
     if as_json:
@@ -153,6 +155,8 @@ def present(report: dict[str, Any]) -> None:
         print(f"errors: {', '.join(f'{number} {name}' for name, number in report['errors'].items())}")
     for name, number in report["explained_by_outages"].items():
         print(f"{number} {name}: with a server that was struck at the time")
+    if report["not_sent"]:
+        print(f"{report['not_sent']} not sent: all threads of a caller waited when they were due")
     print(f"the machine held a process up for {report['worst_stall_ms']:g} ms at most")
     breaches = report["breaches"]
     print("The ledger balances." if not breaches else f"The ledger does not balance, in {len(breaches)} ways:")

@@ -128,7 +128,11 @@ class Core:
             (client if left >= limit else client.options(timeout=left)).cast_raw(sending.method, sending.body)
         elif pools := sorted({view.server for view in self.node.servers(sending.service)}):
             for pool in pools:
-                self.cast(sending._replace(server=pool, everybody=False, attempts=None))
+                of_pool = sending._replace(server=pool, everybody=False, attempts=None)
+                try:
+                    self.cast(of_pool)
+                except errors.ResourceLimit:  # to fail would be to have it sent again to those that have it
+                    self._hold(of_pool)
         else:
             raise errors.NoRoute(f"nobody listens to {sending.service}")
 
@@ -212,6 +216,8 @@ class Core:
             if error.executed == "no":
                 return False
             self._doubt(sending, error)
+        except errors.ResourceLimit:  # it passes
+            return False
         except Exception as error:
             self._drop(sending, str(error))
         with self._lock:

@@ -7,11 +7,18 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
-from oslo_messaging import MessageDeliveryFailure, MessageUndeliverable, MessagingTimeout, RemoteError, Target
+from oslo_messaging import (
+    MessageDeliveryFailure,
+    MessageUndeliverable,
+    MessagingException,
+    MessagingTimeout,
+    RemoteError,
+    Target,
+)
 from oslo_messaging._drivers import base
 from oslo_messaging.transport import TransportURL
 
-from onehop import errors
+from onehop import Listener, errors
 from onehop.oslo import options, payload
 from onehop.oslo.core import CORES, Core, Sending
 from onehop.oslo.listener import AHEAD, Notification, PollListener, Request
@@ -34,6 +41,13 @@ class NobodyServes(MessageUndeliverable, MessageDeliveryFailure):  # type: ignor
 
 class SendFailed(base.TransportDriverError):  # type: ignore[misc]
     """The message could not be sent for a reason on this side; the text says which."""
+
+
+class ListenFailed(MessagingException):  # type: ignore[misc]
+    """Nothing can be received here; the text says why.
+
+    No TransportDriverError: where a server meets one at its start, oslo.messaging 18.3.1 ends in an AttributeError.
+    """
 
 
 class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
@@ -69,13 +83,16 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
         Raises:
             SendFailed: the transport was cleaned up.
         """
-        if self._core is None or self._life is not CORES.life:
+        core = self._core  # read once: cleanup() may come at any time
+        if core is None or self._life is not CORES.life:
             with CORES.lock:  # of threads that come first together one takes it, as it is given back once
-                if self._core is None or self._life is not CORES.life:
+                core = self._core
+                if core is None or self._life is not CORES.life:
                     if self._cleaned_up:
                         raise SendFailed("this transport was cleaned up; make a new one with get_rpc_transport()")
-                    self._core, self._life = CORES.acquire(options.read(self.conf, self._url)), CORES.life
-        return self._core
+                    core = self._core = CORES.acquire(options.read(self.conf, self._url))
+                    self._life = CORES.life
+        return core
 
     def send(
         self,
@@ -158,7 +175,7 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
     def listen(self, target: Target, batch_size: int, batch_timeout: float | None, **_: Any) -> base.Listener:
         """See the base class. Other processes see the server when this returns."""
         service = service_name("", target.exchange or self._default_exchange, target.topic)
-        listener = self.core.node.listen(service, server=target.server, ahead=AHEAD)
+        listener = self._listener(service, server=target.server, ahead=AHEAD)
         # Half of what may be ahead comes at once; a batch that waits for more would wait for itself.
         most = min(batch_size, AHEAD // 2)
         return base.PollStyleListenerAdapter(PollListener(listener, Request), most, batch_timeout)
@@ -171,8 +188,14 @@ class ZmqDriver(base.BaseDriver):  # type: ignore[misc]
             service_name(NOTIFY, target.exchange or self._default_exchange, f"{target.topic}.{priority}")
             for target, priority in targets_and_priorities
         }
-        listener = self.core.node.listen(sorted(services), server=f"pool:{pool or ''}")
+        listener = self._listener(sorted(services), server=f"pool:{pool or ''}")
         return base.PollStyleListenerAdapter(PollListener(listener, Notification), batch_size or 1, batch_timeout)
+
+    def _listener(self, services: str | list[str], **details: Any) -> Listener:
+        try:
+            return self.core.node.listen(services, **details)
+        except (SendFailed, errors.OnehopError) as error:
+            raise ListenFailed(f"cannot listen for {services}: {error}") from error
 
     def cleanup(self) -> None:
         """Give the shared core back; the last transport that does so closes it. Twice is fine."""

@@ -125,7 +125,8 @@ class Request:
     Attributes:
         identity: the connection it came on, and its answer returns on.
         names: service, server (as the caller named it, perhaps empty) and method.
-        deadline: when its caller gives up, on this node's clock; None for never, or once its handler is done with it.
+        deadline: when its caller gives up, on this node's clock; None for never, once its handler is done with it, and
+            of a cast, whose caller waits no longer than until it is taken in.
         due: the engine's; what the deadline was.
         monitor: seconds within which the caller wants a sign of life; None for none.
         granted: of a stream, how many items its reader has asked for so far.
@@ -295,7 +296,7 @@ class Inbox:
                 sender.heard = now
                 sender.window.next = id + 1
                 names, target = known
-                deadline = None if remaining == wire.NO_DEADLINE else now + remaining / 1000
+                deadline = None if remaining == wire.NO_DEADLINE or kind != request_kind else now + remaining / 1000
                 request = Request(identity, sender, kind, id, names, frame[start:], deadline, len(frame), target)
                 taken[request] = None
                 self.taken_bytes = taken_bytes
@@ -426,7 +427,8 @@ class Inbox:
         else:
             if body is None:
                 body = frame[start:]
-            deadline = None if head.number == wire.NO_DEADLINE else now + head.number / 1000
+            forever = head.number == wire.NO_DEADLINE or head.kind != wire.REQUEST
+            deadline = None if forever else now + head.number / 1000
             if len(targets) == 1:
                 self._direct[section] = names, targets[0]
             elif not head.flags & wire.FANOUT:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import queue
 import signal
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
@@ -214,14 +216,16 @@ class Node:
         Raises:
             SettingsError: called from another thread, to which no signal comes.
         """
-        stop = threading.Event()
+        stops: queue.SimpleQueue[int] = queue.SimpleQueue()  # a handler may use it in the midst of its own wait
         try:
-            before = {each: signal.signal(each, lambda *_: stop.set()) for each in (signal.SIGTERM, signal.SIGINT)}
+            before = {each: signal.signal(each, lambda *_: stops.put(1)) for each in (signal.SIGTERM, signal.SIGINT)}
         except ValueError:
             raise SettingsError("run() waits for signals, which come to the main thread only: call it there") from None
         try:
-            while not self._closed and not stop.wait(0.5):
-                pass
+            while not self._closed:
+                with suppress(queue.Empty):
+                    stops.get(timeout=0.5)
+                    break
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)

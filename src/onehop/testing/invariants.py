@@ -365,7 +365,10 @@ class Invariants:
             sent = min((when for node, when in entry.asked if node == engine.protocol.id), default=entry.started)
             entry.taken_by.append(engine)
             left = (entry.deadline - sent) * DRIFT + 0.002
-            if not request.queued and (request.deadline is None or request.deadline > engine.clock.now + left):
+            if request.kind != wire.REQUEST:
+                if request.deadline is not None:
+                    self.fail(f"node {engine.index} has taken in {entry!r}, a cast, and may pass over it")
+            elif not request.queued and (request.deadline is None or request.deadline > engine.clock.now + left):
                 self.fail(f"node {engine.index} gives {entry!r} more time than its caller does")
 
     def ran(self, engine: EngineLike, request: Request) -> None:

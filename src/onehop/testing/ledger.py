@@ -39,6 +39,8 @@ AROUND = 1.0
 begun, and the time until its callers know."""
 HELD_UP = 0.1
 """The part of its time that a process must have stood still in for a request to run out of it without an outage."""
+STOOD_STILL = 0.1
+"""Seconds in one piece. A thread that is late by less may have waited for others of its process, who are to blame."""
 TICK, WORTH_TELLING = 0.02, 0.005
 """Seconds between two looks of a :class:`Pendulum`, and how late it must be to be written down."""
 
@@ -207,14 +209,15 @@ class Part:
         self.lates: list[tuple[float, float]] = []
         """When a timer fired late, and how late."""
 
-    def stalled(self, since: float, until: float) -> float:
-        """Seconds in which this process did not come to run, of those between ``since`` and ``until``."""
+    def stalled(self, since: float, until: float, least: float = 0.0) -> float:
+        """Seconds in which this process did not come to run, of those between ``since`` and ``until``; of pieces that
+        are no shorter than ``least``."""
         first = bisect.bisect_left(self.lates, (since, 0.0))
         found = 0.0
         for time, late in self.lates[first:]:
             if time - late > until:
                 break
-            found += late
+            found += late if late >= least else 0.0
         return found
 
 
@@ -271,14 +274,17 @@ class Ledger:
         undisturbed = self.undisturbed(outages)
 
         def held_up(entry: Entry) -> float:
-            return max((part.stalled(entry.began, entry.ended) for part in undisturbed), default=0.0)
+            return max((part.stalled(entry.began, entry.ended, STOOD_STILL) for part in undisturbed), default=0.0)
+
+        def delayed(entry: Entry, run: Run) -> float:
+            return max((part.stalled(entry.began, run.time) for part in undisturbed), default=0.0)
 
         for entry in self.entries.values():
             if entry.began < 0:
                 found.append(f"it was run and nobody sent it: {entry.told()}")
                 continue
             found += [f"{each}: {entry.told()}" for each in _of_outcome(entry, outages, of_callers, held_up)]
-            found += [f"{each}: {entry.told()}" for each in _of_execution(entry, outages)]
+            found += [f"{each}: {entry.told()}" for each in _of_execution(entry, outages, delayed)]
         return found
 
     def explained(self, outages: Iterable[Outage]) -> Counter[str]:
@@ -324,8 +330,8 @@ def _of_outcome(
         yield "its outcome is unknown, and nobody who may have had it was out"
 
 
-def _of_execution(entry: Entry, outages: list[Outage]) -> Iterator[str]:
-    """That each ran as often as its outcome says."""
+def _of_execution(entry: Entry, outages: list[Outage], delayed: Callable[[Entry, Run], float]) -> Iterator[str]:
+    """That each ran as often as its outcome says, and none when its caller had given it up."""
     if len(entry.runs) > 1 and entry.verb != AGAIN:
         yield f"it was run {len(entry.runs)} times"
     if entry.outcome == FAILED and entry.executed == "no" and entry.runs:
@@ -335,6 +341,10 @@ def _of_execution(entry: Entry, outages: list[Outage]) -> Iterator[str]:
         yield "it was answered, and nobody ran it"
     if ran and entry.by and entry.by not in {run.server for run in entry.runs}:
         yield f"{entry.by} answered it and did not run it"
+    for run in entry.runs if entry.verb != CAST else ():
+        late = run.time - entry.began - entry.timeout - LATE
+        if late > 0 and late > delayed(entry, run) and not _explained(entry, outages):
+            yield f"it was run {late:.3f} s after its caller had given it up"
     if entry.outcome == TAKEN and not entry.runs and not _explained(entry, outages):
         yield "it was taken in and never ran, and nobody who may have had it was out"
 

@@ -134,6 +134,9 @@ class Engine(Caller):
             try:
                 if mine and not self.closed:
                     self._announce()  # first, so that fewer ask in vain
+            except errors.OnehopError as error:  # who withdraws means to finish what was taken, and must come to that
+                what = ", ".join(f"{offer.service!r} at {offer.server!r}" for offer in mine)
+                log.warning("the registry lists %s on, which is refused from now on: %s", what, error)
             finally:  # whatever the registry says, nothing more is taken
                 for offer in mine:
                     if self.inbound is not None:

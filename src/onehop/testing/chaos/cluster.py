@@ -24,7 +24,7 @@ import msgspec
 from onehop.errors import OnehopError
 from onehop.testing.chaos import plan
 from onehop.testing.chaos.plan import Fault
-from onehop.testing.chaos.programs import LEDGER, NAME, SERVICE, Job
+from onehop.testing.chaos.programs import LEDGER, NAME, NOT_DRAINED, SERVICE, Job
 from onehop.testing.hosts import Host, Hosts, without_settings
 from onehop.testing.ledger import Ledger, Outage, read
 
@@ -294,10 +294,7 @@ class Cluster:
         struck = {each.pid for each in self.outages if each.lethal}
         for each in [*self.callers, *self.servers]:
             if each.process.returncode != 0 and each.pid not in struck:
-                raise OnehopError(
-                    f"{each.name} (pid {each.pid}) ended with {each.process.returncode}, and nobody struck it: "
-                    f"{each.last_words()}"
-                )
+                raise self._ended_badly(each)
         return read(self.directory)
 
     def _wait(self, programs: Iterable[Program], limit: float) -> None:
@@ -334,28 +331,49 @@ class Cluster:
         self.outages[number] = outage._replace(ended=monotonic() + noticed)
 
     def kill(self, place: int) -> Outage:
-        """``kill -9``."""
+        """``kill -9``.
+
+        Raises:
+            OnehopError: it had ended by itself.
+        """
+        self._see_alive(place)
         number = self.out(place, plan.KILL)
         self.servers[place].end()
         self.over(number)
         return self.outages[number]
 
     def terminate(self, place: int) -> float:
-        """SIGTERM; returns when it has ended: after how many seconds."""
+        """SIGTERM; returns when it has ended: after how many seconds.
+
+        Raises:
+            OnehopError: it had ended by itself, or ended badly.
+        """
+        self._see_alive(place)
+        self.servers[place].wait_ready()  # before, it would not know what to do
         server, began = self.servers[place], monotonic()
         self.note(f"{server.name} (pid {server.pid}): SIGTERM")
         server.signal(signal.SIGTERM)
         self._wait([server], END_LIMIT)
         took = monotonic() - began
-        if server.process.returncode != 0:  # it says itself that not everything was answered
-            self.outages.append(Outage(server.name, server.pid, began, monotonic(), what="did not drain"))
         self.note(f"{server.name} (pid {server.pid}): ended {server.process.returncode} after {took:.2f} s")
+        if server.process.returncode != 0:
+            raise self._ended_badly(server)
         return took
+
+    def _see_alive(self, place: int) -> None:
+        if self.servers[place].process.poll() is not None:
+            raise self._ended_badly(self.servers[place])
+
+    def _ended_badly(self, program: Program) -> OnehopError:
+        code = program.process.returncode
+        how = "without having answered everything" if code == NOT_DRAINED else f"with {code}, and nobody struck it"
+        return OnehopError(f"{program.name} (pid {program.pid}) ended {how}: {program.last_words()}")
 
     def begin(self, kind: str, place: int) -> Callable[[], None]:
         """A fault of that kind begins; returns what ends it."""
         if kind == plan.REGISTRY:
             return self._begin_outage_of_registry()
+        self._see_alive(place)
         server = self.servers[place]
         if kind in (plan.KILL, plan.ROLL):
             if kind == plan.KILL:

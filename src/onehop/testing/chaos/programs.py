@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from importlib import import_module
 from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
 from time import monotonic, sleep
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -39,6 +40,8 @@ PRESENT = 3
 """Peers that come and go of which so many are there at a time."""
 LEDGER, NAME = "CHAOS_LEDGER", "CHAOS_NAME"
 """The variables that say where the ledger is, and the process's name, to :class:`Handlers` in another program."""
+NOT_DRAINED = 1
+"""Exit code of a server that has not answered everything within its time."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -335,8 +338,8 @@ def messages_of(job: Job) -> Messages:
 
 def server(job: Job) -> None:
     """Serve until SIGTERM. Words: ``hang``, ``go on``, ``counts``."""
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    stops: SimpleQueue[int] = SimpleQueue()  # a handler may use it in the midst of its own wait
+    signal.signal(signal.SIGTERM, lambda *_: stops.put(1))
     writer = Writer(job.directory, job.name)
     handlers = Handlers(writer, job.seconds)
     messages = messages_of(job)
@@ -349,12 +352,11 @@ def server(job: Job) -> None:
     threading.Thread(target=words, args=(lambda word: does[word](),), daemon=True).start()
     print("ready", flush=True)
     with Pendulum(writer):
-        while not stop.wait(60.0):
-            pass
+        stops.get()
         drained = end()
     write_counts(job, {**messages.counts(), "drained": drained})
     messages.close()
-    os._exit(0 if drained else 1)  # standard input is still read, which an ordinary end would wait for
+    os._exit(0 if drained else NOT_DRAINED)  # standard input is still read, which an ordinary end would wait for
 
 
 def caller(job: Job) -> None:
