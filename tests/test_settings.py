@@ -9,7 +9,7 @@ import pytest
 
 import onehop
 from onehop.errors import SettingsError
-from onehop.settings import ENVIRONMENT_PREFIX, Settings, from_environment, revise
+from onehop.settings import ENVIRONMENT_PREFIX, LARGEST_MESSAGE, Settings, from_environment, revise
 
 NUMBERS = [each.name for each in fields(Settings) if type(each.default) in (int, float)]
 
@@ -67,6 +67,12 @@ def test_value_of_another_type_is_refused_however_it_is_given(name: str, value: 
     for make in (lambda: revise(Settings(), **{name: value}), lambda: Settings(**{name: value})):
         with pytest.raises(SettingsError, match=f"{name} is {value!r}; it must be of type {wanted}"):
             make()
+
+
+def test_message_beyond_what_a_connection_takes_is_refused() -> None:
+    assert Settings(max_message=LARGEST_MESSAGE).max_message == 64 * 2**20
+    with pytest.raises(SettingsError, match=r"^max_message is 67108865; it must be 67108864 \(64 MiB\) or less"):
+        Settings(max_message=LARGEST_MESSAGE + 1)
 
 
 def test_unknown_setting_is_named_with_those_there_are() -> None:

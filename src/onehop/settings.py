@@ -12,6 +12,8 @@ from typing import Any
 from onehop.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "ONEHOP_"
+LARGEST_MESSAGE = 64 * 1024 * 1024
+"""Bytes; a connection ends at a frame that is larger."""
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -80,6 +82,10 @@ class Settings:
         for each in fields(self):
             if type(each.default) is int and getattr(self, each.name) < 1:
                 raise SettingsError(f"{each.name} is {getattr(self, each.name)!r}; it must be 1 or more")
+        if self.max_message > LARGEST_MESSAGE:
+            raise SettingsError(
+                f"max_message is {self.max_message}; it must be {LARGEST_MESSAGE} (64 MiB) or less; stream more"
+            )
 
     @property
     def host_name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -78,10 +79,31 @@ async def test_round_that_breaks_takes_nothing_from_others_and_is_told_once(
     answered = [each for each in found if isinstance(each, int)]
     assert len(answered) == 10 - lost
     assert all(isinstance(each, CallTimeout) and each.executed == "unknown" for each in found if each not in answered)
-    assert serving.statistics().dropped["rounds of receiving that broke"] == 1
+    what = "answers that could not be sent" if at == "send" else "rounds of receiving that broke"
+    assert serving.statistics().dropped == {what: 1}
     (record,) = caplog.records
-    assert (record.getMessage(), record.exc_info[0]) == ("to receive failed for the 1. time; it goes on", OSError)
+    assert record.getMessage() == f"{what}: the 1. time; it goes on"
+    assert record.exc_info[0] is OSError
     assert await client.call("double", 4) == 8
+
+
+@pytest.mark.parametrize("loop_kind", ["asyncio"])  # uvloop does not tell
+async def test_what_comes_behind_a_final_goodbye_calls_for_no_look(zmq_node: Any, until: Any) -> None:
+    serving, calling = zmq_node(), zmq_node()
+    await serving.serve("clock", {"double": double})
+    assert await calling.call("clock", "double", 1) == 2
+    (link,) = calling._engine._links.values()
+    inbound = serving._engine.inbound
+
+    def end(inbox: Any) -> None:  # as where the registry is away, and the record stays
+        (identity,) = inbox.senders
+        inbox.drain("drained", time.monotonic(), final=True)
+        inbox.outgoing.append((identity, wire.reject(99, "draining")))
+
+    await asyncio.to_thread(inbound.change, end)
+    await until(lambda: link.drained)
+    loop = asyncio.get_running_loop()
+    assert loop.remove_reader(link.socket.fd) is False, "nothing waits for it"
 
 
 async def test_call_whose_task_cannot_be_made_is_told_that_it_did_not_run(zmq_node: Any) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -48,6 +53,13 @@ def network() -> Network:
 def in_memory(make_node: Callable[..., Any], network: Network) -> Callable[..., Any]:
     """Makes nodes on ``network``, whose connections can be cut."""
     return lambda **settings: make_node(network=network, **settings)
+
+
+@pytest.fixture
+def closing() -> Iterator[Callable[[Any], Any]]:
+    """``closing(x)`` is ``x``, which is closed when the test is over."""
+    with ExitStack() as stack:
+        yield lambda one: stack.enter_context(contextlib.closing(one))
 
 
 def cut(network: Network, serving: Any) -> None:
@@ -218,6 +230,39 @@ def test_stream_cut_by_its_deadline_while_its_server_drains_is_not_told_that_it_
 # Connections that end under calls -----------------------------------------------------------------
 
 
+def test_a_connection_that_could_not_be_begun_is_begun_at_the_next_call(
+    closing: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closing(Node()).serve("clock", {"read": lambda: 1})
+    calling = closing(Node())
+    assert calling.wait_for("clock", timeout=5.0)
+    gives, full = os.eventfd, [True]
+
+    def eventfd(*arguments: int) -> int:
+        if full:
+            full.pop()
+            raise OSError(errno.ENFILE, "Too many open files in system")
+        return gives(*arguments)
+
+    monkeypatch.setattr(os, "eventfd", eventfd)
+    with pytest.raises(onehop.ResourceLimit, match=r"no connection to node .* could be begun: .* in system"):
+        calling.call("clock", "read")
+    assert calling.call("clock", "read") == 1
+
+
+def test_a_server_that_is_full_and_alone_costs_no_budget_of_retries(in_memory, gate, eventually) -> None:
+    serving, calling = in_memory(inbox_messages=1), in_memory()
+    serving.serve("clock", gate)
+    client = calling.client("clock", timeout=5.0)
+    client.cast("hold")
+    gate.wait_entered()
+    for _ in range(20):
+        with pytest.raises(Rejected):
+            client.call("read")
+    counted = calling.statistics()
+    assert (counted.retried, counted.outcomes) == (0, {"Rejected": 20})
+
+
 def test_a_call_goes_on_over_a_new_connection_and_runs_once(in_memory, network, gate, background) -> None:
     serving, calling = in_memory(), in_memory()
     serving.serve("clock", {"hold": gate.hold})
@@ -231,6 +276,39 @@ def test_a_call_goes_on_over_a_new_connection_and_runs_once(in_memory, network, 
     assert gate.runs == 1
     assert serving.statistics().received["resumed"] == 1
     assert calling.statistics().outcomes["resumed"] == 1
+
+
+def test_a_call_whose_next_connection_ends_at_once_too_is_not_sent_a_third_time(
+    in_memory, network, gate, background, eventually
+) -> None:
+    serving, calling = in_memory(), in_memory()
+    serving.serve("clock", {"hold": gate.hold})
+    call = background(calling.client("clock", timeout=20.0).call, "hold", "four")
+    gate.wait_entered()
+    cut(network, serving)
+    eventually(lambda: serving.statistics().received.get("resumed") == 1)
+    cut(network, serving)  # it may be this call that ends them
+    with pytest.raises(PeerLost) as caught:
+        call.result(within=5.0)
+    assert (caught.value.executed, gate.runs) == ("unknown", 1)
+    assert calling.statistics().outcomes["resumed"] == 1
+
+
+def test_a_call_that_was_taken_out_of_its_table_and_got_no_outcome_ends_with_its_deadline(
+    in_memory, gate, background
+) -> None:
+    serving, calling = in_memory(), in_memory()
+    serving.serve("clock", {"hold": gate.hold})
+    began = time.monotonic()
+    call = background(calling.client("clock", timeout=0.3).call, "hold")
+    gate.wait_entered()
+    inner = calling._core()
+    (link,) = getattr(inner, "_inner", inner)._links.values()
+    link.calls.pending.popitem()  # as by a thread that was interrupted before it wrote the outcome
+    with pytest.raises(CallError) as caught:
+        call.result(within=5.0)
+    assert caught.value.executed == "unknown"
+    assert 0.3 <= time.monotonic() - began < 1.3
 
 
 def test_many_calls_and_casts_go_on_over_one_new_connection(in_memory, network, gate, background, eventually) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import threading
@@ -595,7 +596,7 @@ def test_calls_that_nobody_asks_the_result_of_leave_the_table_after_their_deadli
     gate.open.set()
 
 
-def test_registry_that_fails_keeps_no_service_half_withdrawn(node) -> None:
+def test_registry_that_fails_keeps_no_service_half_withdrawn(node, caplog) -> None:
     serving = node()
     server = serving.serve("clock", {"read": lambda: 1})
     client = node().client("clock", timeout=2.0, ready_timeout=0.0)
@@ -607,8 +608,9 @@ def test_registry_that_fails_keeps_no_service_half_withdrawn(node) -> None:
         raise onehop.RegistryError("it is away")
 
     registry.withdraw = fail  # the interface allows it to fail so
-    with pytest.raises(onehop.RegistryError):
+    with caplog.at_level(logging.WARNING, "onehop"):
         server.close()
+    assert "the registry lists 'clock' at " in caplog.text
     with pytest.raises(onehop.CallError) as caught:
         client.call("read")
     assert caught.value.executed == "no"

@@ -21,8 +21,9 @@ from tests.registry.etcd_server import Etcd
 from tests.registry.servers import Redis, Sentinels, Server, free_port
 from tests.registry.zookeeper_server import ZooKeeper
 
-from onehop import Node, OnehopError
+from onehop import Node
 from onehop.oslo import options
+from onehop.oslo.driver import ListenFailed
 
 SECRET = "se/cr@t:?#,%"
 ADDRESSES = "127.0.1."
@@ -416,6 +417,6 @@ def test_listening_beyond_this_host_takes_consent(
 ) -> None:
     url = f"redis://127.0.0.1:{free_port()}/"
     transport = bus.transport(hosts("h1").url(url, address="192.0.2.1", insecure=consent))
-    with pytest.raises(OnehopError, match=problem) as caught:  # with it, all that is wrong is that we lack the address
+    with pytest.raises(ListenFailed, match=problem) as caught:  # with it, all that is wrong is that we lack the address
         transport._driver.listen(oslo_messaging.Target(topic="compute", server="h1"), 1, None)
     assert ("no keys" in str(caught.value)) is (consent == "false")

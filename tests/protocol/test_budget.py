@@ -51,6 +51,20 @@ def test_a_peer_that_is_new_brings_no_budget_but_for_what_is_sent_to_it() -> Non
     assert granted == FLOOR
 
 
+def test_a_peer_that_returns_under_its_id_brings_no_budget() -> None:
+    budget, peer = Budget(), Peer(b"one", None)
+    peer.calls.last = 50
+    budget.spend([peer], 0.0)
+    while budget.spend([peer], 0.0):
+        pass
+    returned = Peer(b"one", None, first=1_000_000)
+    returned.calls.last = 1_000_001
+    granted = 0
+    while budget.spend([returned], 1.0):
+        granted += 1
+    assert granted == FLOOR
+
+
 def test_retries_earn_no_retries() -> None:
     budget, peer = Budget(), Peer(b"", None)
     while budget.spend([peer], 0.0):

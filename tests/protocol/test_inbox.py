@@ -1250,6 +1250,26 @@ def come_back(talk: Any) -> None:
     talk.inbox.outgoing.clear()
 
 
+def test_what_is_read_of_the_old_connection_takes_no_call_back_there(talk: Any) -> None:
+    talk.carry(hello_of(talk.caller.id), identity=AGAIN_HERE)  # before the server knows that the first has ended
+    talk.carry(talk.frame(1), identity=AGAIN_HERE)
+    [request] = talk.moved
+    talk.carry(talk.frame(1))  # the original, which had not been read
+    assert (request.identity, talk.moved) == (AGAIN_HERE, [request])
+    assert talk.inbox.gone(IDENTITY) == []
+    assert not request.cancelled
+
+
+def test_a_copy_of_what_was_refused_when_its_connection_ended_hears_that_it_did_not_run(talk: Any) -> None:
+    talk.carry(talk.frame(1))
+    [request] = talk.moved
+    come_back(talk)
+    talk.inbox.refuse_taken(request, "expired")  # its turn came, and nobody waited there
+    assert talk.inbox.finish(request)
+    talk.carry(talk.frame(1), identity=AGAIN_HERE)
+    assert talk.inbox.outgoing == [(AGAIN_HERE, wire.reject(1, "expired"))]
+
+
 def test_a_call_that_runs_when_its_caller_comes_back_for_it_is_answered_where_the_caller_is_now(talk: Any) -> None:
     talk.request(monitor=1.0)
     [request] = talk.moved

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import FrameType
 
 import pytest
@@ -252,6 +254,74 @@ def test_stream_whose_item_found_no_room_is_not_ended_as_if_that_had_been_all(in
     assert bench.inbound.counts == {"answers to a peer that does not read": 2}
 
 
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_answer_that_could_not_be_sent_is_not_said_never_to_have_run(
+    inbound_bench: InboundBench, error: type[BaseException]
+) -> None:
+    bench = inbound_bench
+    queue = bench.offer("clock")
+    take_in(bench, "clock")
+    request = bench.inbound.take(queue, far())
+    assert request is not None
+
+    def fail() -> None:
+        raise error
+
+    bench.socket.sends.append(fail)
+    with suppress(KeyboardInterrupt):
+        bench.inbound.answer(request, answer_of(request))
+    assert bench.inbox.taken == {}
+    bench.inbound.change(lambda inbox: inbox.drain("drained", time.monotonic(), final=True))
+    (said,) = [frame for _, frame in bench.socket.sent]
+    assert (wire.kind_of(said), wire.is_final(said)) == (wire.GOODBYE, False)
+    if error is MemoryError:
+        assert bench.inbound.counts["answers that could not be sent"] == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_one_is_told_in_vain_keeps_nothing_from_the_others(
+    inbound_bench: InboundBench, error: type[BaseException]
+) -> None:
+    bench = inbound_bench
+
+    def fail() -> None:
+        raise error
+
+    for number in range(3):
+        bench.arrive(wire.pack(wire.PING, id=number))
+    bench.socket.sends.append(fail)
+    with suppress(KeyboardInterrupt):
+        bench.inbound.look(time.monotonic())
+    bench.inbound.look(time.monotonic())
+    assert bench.kinds_sent() == [wire.PONG] * (2 if error is MemoryError else 3)
+
+
+def test_echo_is_answered_when_its_service_is_withdrawn(inbound_bench: InboundBench, eventually) -> None:
+    bench = inbound_bench
+    begun, over = threading.Event(), threading.Event()
+
+    def hang(request: Request) -> None:
+        begun.set()
+        over.wait(FAR)
+
+    queue = bench.offer("clock", Queue(hang, 1, ["read"]))
+    section = wire.names("clock", "", "")
+    try:
+        take_in(bench, "clock")
+        bench.inbound.look(time.monotonic())
+        assert begun.wait(SOON)
+        bench.arrive(wire.echo(7, section))
+        bench.inbound.look(time.monotonic())
+        assert bench.kinds_sent() == []
+        queue.stop()
+        bench.inbound.answer_echoes(queue)
+        bench.arrive(wire.echo(8, section))  # it was on its way
+        bench.inbound.look(time.monotonic())
+        assert bench.kinds_sent() == [wire.PONG, wire.PONG]
+    finally:
+        over.set()
+
+
 def test_who_runs_a_request_hears_that_its_caller_is_gone_when_a_sign_of_life_tells_so(
     inbound_bench: InboundBench,
 ) -> None:
@@ -458,6 +528,27 @@ def test_answer_of_the_last_request_leaves_at_once(work: Work, eventually) -> No
     for number in range(1, 20):
         work.ask("quick")
         eventually(lambda number=number: work.answered(number), within=SOON)
+
+
+def test_worker_outlives_what_breaks_when_it_sends_and_looks(inbound_bench: InboundBench, eventually) -> None:
+    bench = inbound_bench
+    threads: list[int] = []
+
+    def fail() -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    def run(request: Request) -> None:
+        threads.append(threading.get_ident())
+        bench.socket.looks.append(fail)
+        bench.inbound.put(request, answer_of(request))
+
+    bench.offer("clock", Queue(run, 1, ["read"]))
+    for number in range(3):
+        take_in(bench, "clock")
+        bench.inbound.look(time.monotonic())
+        eventually(lambda number=number: bench.inbound.counts["rounds of receiving that broke"] == number + 1)
+    eventually(lambda: bench.kinds_sent() == [wire.REPLY] * 3)
+    assert len(set(threads)) == 1
 
 
 def test_workers_end_when_their_queue_is_stopped_and_run_what_is_left_first(work: Work, eventually) -> None:

@@ -20,6 +20,7 @@ import pytest
 import zmq
 
 from onehop.errors import ResourceLimit, SettingsError
+from onehop.protocol import wire
 from onehop.transport.descriptors import check_descriptors
 from onehop.transport.sockets import (
     INBOUND_OPTIONS,
@@ -165,6 +166,26 @@ def test_send_to_an_unknown_connection_is_an_error_at_once(carrier: ZmqCarrier, 
         inbound.send(b"nobody", b"x")
     with pytest.raises(ConnectionResetError):
         inbound.send_large(b"nobody", b"x", b"y")
+    inbound.close(0)
+
+
+def test_message_that_breaks_off_in_its_midst_takes_nothing_of_the_next(carrier: ZmqCarrier, endpoint: str) -> None:
+    inbound, link = carrier.bind(endpoint), carrier.connect(endpoint)
+    link.send(b"first")
+    identity, _, _ = arrives(inbound)
+    head = wire.request(wire.REQUEST, 0, 1, 1.0, None, wire.names("a", "", "b"), b"x" * 100_000)[0]
+    with pytest.raises(TypeError):
+        link.send_large(head, "no bytes")  # as an interrupt between the two parts
+    link.send(b"next")
+    broken, following = arrives(inbound), arrives(inbound)
+    assert (broken[1], bytes(broken[2])) == (head, b"")
+    assert (following[1], following[2]) == (b"next", None)
+    with pytest.raises(TypeError):
+        inbound.send_large(identity, head, "no bytes")
+    inbound.send(identity, b"answer")
+    assert comes_back(link)[0] == head
+    assert comes_back(link) == (b"answer", None)
+    link.close(0)
     inbound.close(0)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from onehop import handlers, payload
 from onehop.errors import EncodeError, SettingsError
 from onehop.protocol import wire
-from onehop.protocol.inbox import Request
+from onehop.protocol.inbox import Inbox, Request
 from onehop.serving import SIGN_INTERVAL, Incoming, Runner, arguments_of, expired, fitting, many_of
 from onehop.transport.loop import LoopEngine
 from onehop.transport.queue import Queue
@@ -108,7 +108,7 @@ class Server:
         try:
             if expired(request):
                 frame = wire.reject(request.id, "expired")
-                inbound.count_refused("expired")
+                inbound.change(Inbox.refuse_taken, request, "expired")
             else:
                 frame = await self._answer(request, running)
         except BaseException as error:  # SystemExit too: it is the handler's doing, and its caller waits

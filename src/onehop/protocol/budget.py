@@ -29,7 +29,7 @@ class Budget:
         self._left = FLOOR
         self._rate = FLOOR
         self._spent = 0
-        self._counted: dict[bytes, int] = {}  # the last number, of peers to which something was sent
+        self._counted: dict[Peer, int] = {}  # the last number, of peers to which something was sent
 
     def spend(self, peers: Iterable[Peer], now: float) -> bool:
         """Whether one more request may be sent again.
@@ -39,8 +39,9 @@ class Budget:
         """
         passed = now - self._at
         if passed >= COUNTED_EVERY:
-            before, self._counted = self._counted, {peer.id: peer.calls.last for peer in peers if peer.calls.last}
-            sent = sum(last - before.get(id, last) for id, last in self._counted.items())
+            # One that returns under its id is another to us, whose numbers begin anew above all that were drawn.
+            before, self._counted = self._counted, {peer: peer.calls.last for peer in peers if peer.calls.last}
+            sent = sum(last - before.get(peer, last) for peer, last in self._counted.items())
             passed = min(passed, MEMORY)
             earned = max(SHARE * max(sent - self._spent, 0), FLOOR * passed)
             weight = passed / MEMORY

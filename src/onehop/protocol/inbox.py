@@ -460,18 +460,23 @@ class Inbox:
 
     def _duplicate(self, identity: bytes, sender: Sender, kind: int, id: int, news: str) -> None:
         self.counts["duplicates"] += 1
-        reason = sender.window.refused.get(id)
+        window = sender.window
+        reason = window.refused.get(id)
         if reason is not None:
             self._refuse(identity, id, reason)
             return
         if kind == wire.CAST and news is AGAIN:
             self.outgoing.append((identity, wire.ack([id])))  # it was taken; say so again
             return
-        for other in sender.window.connections:
+        for other in window.connections:
             request = other.calls.get(id)
             if request is None:
                 continue
-            if other is not sender:  # its caller came back for it: the answer goes to where it waits now
+            if other is not sender:
+                # Its caller came back for it: the answer goes to where it waits now. What comes over an older one
+                # after that is the original; nobody waits there.
+                if window.connections.index(sender) < window.connections.index(other):
+                    return
                 del other.calls[id]
                 other.taken, other.taken_bytes = other.taken - 1, other.taken_bytes - request.size
                 sender.taken, sender.taken_bytes = sender.taken + 1, sender.taken_bytes + request.size
@@ -528,6 +533,17 @@ class Inbox:
             deadline = request.due if request.deadline is None else request.deadline
             until = float("inf") if deadline is None else deadline + GIVEN_UP
             request.sender.left_until = max(request.sender.left_until, until)
+
+    def leave_unsaid(self, identity: bytes) -> None:
+        """What was to be said to a connection was not: who waits for that must not be told that nothing of his ran."""
+        if identity in self.senders:
+            self.senders[identity].left_until = float("inf")
+
+    def refuse_taken(self, request: Request, reason: str) -> None:
+        """``request``, which was taken in, is answered as not run; a copy of it would be, too."""
+        self.refused[reason] += 1
+        if request.kind == wire.REQUEST:
+            request.sender.window.refuse(request.id, reason)
 
     def gone(self, identity: bytes) -> list[Request]:
         """The connection ended: forget it, and cancel what it still waited for; returns those requests."""

@@ -50,7 +50,7 @@ from onehop.testing.network import Network, VirtualRegistry
 from onehop.testing.offer import Offer, Target, slowed
 from onehop.testing.tree import VirtualTree
 
-HANDSHAKE, HURRY, RESUME, GRACE = 5.0, 1.0, 1.0, 1.0
+HANDSHAKE, HURRY, RESUME, AGAIN_AFTER, GRACE = 5.0, 1.0, 1.0, 5.0, 1.0
 TICK, PROBES = 0.1, 20.0
 """Seconds, as in the real engine; PROBES is how often silent connections are looked for."""
 
@@ -408,7 +408,7 @@ class VirtualEngine:
         if (
             call.outcome != LOST or not call.sent or link.ended is None or self.closed
             or peer.record is None or peer.turn >= SHORTEST_TURN or (peer.failures > 1 and peer.link is None)
-            or link.liveness.silent
+            or link.liveness.silent or (call.resumed and self.clock.now - link.began < AGAIN_AFTER)
         ):  # fmt: skip
             return None
         made = yield from self.connect(peer, entry.deadline, task, RESUME)
@@ -461,10 +461,12 @@ class VirtualEngine:
         attempt.error = error
         attempt.entry.may_have_run |= error.executed == "unknown"
         safe = error.executed == "no" or (attempt.entry.idempotent and error.executed == "unknown")
-        if not safe or self.clock.now >= attempt.entry.deadline:
+        full = isinstance(error, Rejected) and error.reason == "full"
+        target = attempt.entry.service, attempt.entry.server
+        others = not full or self.protocol.routes.untried(*target, attempt.tried, beyond=False)
+        if not safe or not others or self.clock.now >= attempt.entry.deadline:
             return False
-        costs = error.executed == "unknown" or (isinstance(error, Rejected) and error.reason == "full")
-        if costs and not self.protocol.may_retry(self.clock.now):
+        if (full or error.executed == "unknown") and not self.protocol.may_retry(self.clock.now):
             return False
         self.retried += 1
         return True

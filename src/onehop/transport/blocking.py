@@ -24,7 +24,7 @@ from onehop.protocol.calls import LOST, REJECTED, Call, CallTable
 from onehop.protocol.turns import successor
 from onehop.protocol.wire import Body, Frame
 from onehop.transport.carrier import LinkSocket
-from onehop.transport.engine import Engine
+from onehop.transport.engine import TICK, Engine
 from onehop.transport.inbound import Inbound
 from onehop.transport.link import BATCH, STUCK, Link
 from onehop.transport.requests import Attempt, Terms
@@ -184,7 +184,8 @@ class BlockingLink(Link):
                     return
                 if self._alone:  # or it has not looked yet whether somebody waits
                     self._wake.set()
-                lock.acquire()
+                if not acquire(lock, until - monotonic()):
+                    return
             while True:
                 more = self._pump(call, BATCH)
                 if call is None and more and unread:
@@ -197,11 +198,12 @@ class BlockingLink(Link):
                     if left <= 0:
                         return
                     self._wake.wait(min(left, STUCK) if self._stuck else left)
-                if call is not None:
-                    lock.acquire()
-                elif not lock.acquire(False):  # somebody has it who may wait for long, and who reads what is there
-                    self._wake.set()
-                    return
+                if not lock.acquire(False):
+                    if call is None:  # somebody has it who may wait for long, and who reads what is there
+                        self._wake.set()
+                        return
+                    if not acquire(lock, until - monotonic()):
+                        return
         finally:
             self._leader = None
 
@@ -349,7 +351,12 @@ class BlockingEngine(Engine):
     def _keep_house(self) -> None:
         woken: list[Link] = []
         while not self.closed:
-            woken = self._wait_for_news(self.tidy(woken))
+            try:
+                woken = self._wait_for_news(self.tidy(woken))
+            except Exception as error:
+                self._note_broken_round(error)
+                time.sleep(TICK)
+                woken = []
 
     def _await_arrivals(self, inbound: Inbound) -> None:
         self._watch.add(inbound.socket.arrivals_fd, inbound)

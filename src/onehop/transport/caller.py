@@ -32,6 +32,10 @@ HURRY = 1.0
 """Seconds a peer has to answer a hello before another is asked, where there is another."""
 RESUME = 1.0
 """Seconds that a peer has to answer a hello where requests were sent over a connection that ended."""
+AGAIN_AFTER = 5.0
+"""Seconds that a connection must have lasted for what was sent again over it to be sent once more."""
+OVERDUE = 0.05
+"""Seconds after its deadline until a call that somebody else was to end is ended by its caller."""
 BRIEF = 0.02
 """Seconds that a fan-out gives one silent peer before it looks after the next."""
 WELL = (REPLIED, FAILED, TAKEN)
@@ -207,6 +211,7 @@ class Caller(Connector):
             call.outcome != LOST or not call.sent or link.ended is None or self.closed or flags & wire.STREAM
             or peer.record is None or peer.turn >= SHORTEST_TURN
             or (peer.failures > 1 and peer.link is None)  # that was tried already
+            or (call.resumed and monotonic() - link.began < AGAIN_AFTER)  # what it asks for may be what ends them
             or link.liveness.silent  # the network, or its host, is away
         ):  # fmt: skip
             return False
@@ -314,7 +319,10 @@ class Caller(Connector):
             if call.outcome is None and self.cancel(link, call):
                 self._note_timeout(attempt)
                 self._fail(attempt, attempt.timed_out())
+            overdue = max(attempt.until, monotonic()) + OVERDUE
             while call.outcome is None:  # another thread took it out of the table and is writing the outcome
+                if monotonic() >= overdue:  # or was interrupted between the two
+                    self._give_up(link, call)
                 await self.wait(link, call, call.signs, monotonic() + 0.001)
         if call.outcome == REJECTED or call.outcome == LOST:
             if call.given_up and call.deadline <= monotonic():
@@ -391,7 +399,10 @@ class Caller(Connector):
         if not safe or now >= attempt.until:
             return False
         # What was not sent, or refused by who leaves, makes nobody busier when it is sent to another.
-        costs = error.executed == "unknown" or (isinstance(error, errors.Rejected) and error.reason == "full")
+        full = isinstance(error, errors.Rejected) and error.reason == "full"
+        costs = full or error.executed == "unknown"
+        if full and not self.protocol.routes.untried(terms.service, terms.server, attempt.tried, beyond=False):
+            return False
         with self.lock:
             if not costs or self.protocol.may_retry(now):
                 self.outcomes["retried"] += 1

@@ -182,20 +182,25 @@ class Connector(ABC):
             hello = self.protocol.connect(peer, monotonic()) if record is not None else None
             if hello is None or record is None:
                 raise errors.PeerLost(f"node {peer.id.hex()} is {peer.state}: not connected to", executed="no")
+            socket = link = None
             try:
                 socket = self.carrier.connect(self.carrier.nearest(record.endpoints))
-            except errors.OnehopError as error:
+                why = socket.ended()  # the monitor's descriptor tells nothing before a first look
+                link = self._new_link(socket, peer.calls, self._control)
+                link.peer, link.liveness = peer, Liveness(self.protocol.peers.random)
+                peer.link = self._links[peer.id] = link
+            except BaseException as error:  # an interrupt, too; or an endpoint that no system could have
+                if link is not None:
+                    link.end("it was interrupted")
+                    self._ended_links.append(link)
+                elif socket is not None:
+                    socket.close(0.0)
                 self.protocol.lost(peer, "no connection could be begun", monotonic())
-                if isinstance(error, errors.ResourceLimit):
-                    raise
-                raise errors.PeerLost(f"{name_of(peer)}: {error}", executed="no") from error
-            except BaseException:  # an interrupt; or an endpoint that no system could have
-                self.protocol.lost(peer, "no connection could be begun", monotonic())
+                if isinstance(error, OSError):
+                    raise errors.ResourceLimit(f"no connection to {name_of(peer)} could be begun: {error}") from error
+                if isinstance(error, errors.OnehopError) and not isinstance(error, errors.ResourceLimit):
+                    raise errors.PeerLost(f"{name_of(peer)}: {error}", executed="no") from error
                 raise
-            why = socket.ended()  # the monitor's descriptor tells nothing before a first look
-            link = peer.link = self._new_link(socket, peer.calls, self._control)
-            link.peer, link.liveness = peer, Liveness(self.protocol.peers.random)
-            self._links[peer.id] = link
         if why is not None:
             self._lost(peer, link, why)
         link.post(link.hello, hello)

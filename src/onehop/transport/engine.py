@@ -143,6 +143,7 @@ class Engine(Caller):
                         self.inbound.change(Inbox.withdraw, offer.service, offer.server, queue)
                 queue.stop()
                 if self.inbound is not None:
+                    self.inbound.answer_echoes(queue)
                     self.inbound.interrupt()
 
     def _announce(self) -> None:
@@ -207,24 +208,36 @@ class Engine(Caller):
         Returns:
             Seconds until the next round.
         """
-        with self.lock:
-            ended, self._ended_links = self._ended_links, []
         try:
             self._look(woken, monotonic())
-        except Exception:
-            log.exception("the housekeeping of node %s met an error; it goes on", self.protocol.id.hex())
-        for link in ended:
-            self._leave(link)
-        stuck = [link for link in ended if not link.close(GOODBYE_LINGER)]
+        except Exception as error:
+            self._note_broken_round(error)
         with self.lock:
-            self._ended_links += stuck
-            again = len(self._ended_links) > len(stuck)
+            ended, self._ended_links = self._ended_links, []
+        stuck: list[Link] = []
+        try:
+            while ended:
+                self._leave(ended[-1])
+                if not ended[-1].close(GOODBYE_LINGER):
+                    stuck.append(ended[-1])
+                ended.pop()
+        except Exception as error:
+            self._note_broken_round(error)
+        with self.lock:
+            self._ended_links += stuck + ended
+            again = len(self._ended_links) > len(stuck) + len(ended)
         due = self.protocol.inbox.timer()
         inbound = self.inbound
         pause = TICK if inbound is not None and (inbound.crowded or not inbound.has_receiver) else SLOW_TICK
         if due is not None:
             pause = min(pause, due - monotonic())
         return 0.0 if again else max(pause, 0.0)
+
+    def _note_broken_round(self, error: Exception) -> None:
+        """Of the housekeeping, which must go on, whatever breaks."""
+        with suppress(Exception):
+            node = self.protocol.id.hex()
+            log.error("the housekeeping of node %s met an error; it goes on", node, exc_info=error)
 
     def _look(self, woken: Iterable[Link], now: float) -> None:
         for link in woken:

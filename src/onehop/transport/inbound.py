@@ -102,10 +102,6 @@ class Inbound:
         self._out.append((request, frame, last))
         self.turn()
 
-    def count_refused(self, reason: str) -> None:
-        """Count a request that is answered as not run."""
-        self.change(lambda inbox: inbox.refused.update((reason,)))
-
     def refuse(self, request: Request, reason: str) -> None:
         """Answer that ``request`` did not run, and count it; a cast only gives its room back.
 
@@ -115,7 +111,7 @@ class Inbound:
             request.sender.echo = False
             self.answer(request, wire.pack(wire.PONG, id=request.id), last=False)
             return
-        self.count_refused(reason)
+        self.change(Inbox.refuse_taken, request, reason)
         self.answer(request, wire.reject(request.id, reason) if request.kind == wire.REQUEST else None)
 
     def refuse_rest(self, queue: Queue) -> None:
@@ -127,6 +123,14 @@ class Inbound:
         while queue:
             with suppress(IndexError):  # a last poll, or who receives, may be quicker
                 self.refuse(queue.pop(), "draining")
+
+    def answer_echoes(self, queue: Queue) -> None:
+        """Answer what asks whether the workers of ``queue``, which is withdrawn, move: nothing more depends on them."""
+        for request in list(queue.tasks):
+            if request.kind == wire.PING:
+                with suppress(ValueError):  # a worker has it
+                    queue.tasks.remove(request)
+                    self.refuse(request, "expired")
 
     def change(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do ``action(inbox, *arguments)`` under its lock, and send what it wants sent."""
@@ -191,15 +195,20 @@ class Inbound:
             elif frame is None:
                 if request.kind == wire.REQUEST:
                     self._inbox.leave(request)
-            elif not self._send_to(request.identity, frame, moved) and (
-                last or wire.kind_of(frame if isinstance(frame, bytes) else frame[0]) == wire.ITEM
-            ):
-                # Behind a missing item an end would read as if that had been all. So nothing more is answered, as
-                # where an answer is lost: its reader waits until the deadline.
-                self._inbox.leave(request)
-                request.cancelled = True
-                if finish(request):
-                    moved.append(request)
+            else:
+                sent = False
+                try:
+                    sent = self._send_to(request.identity, frame, moved)
+                finally:  # an interrupt, too
+                    if not sent:
+                        head = frame if isinstance(frame, bytes) else frame[0]
+                        if last or wire.kind_of(head) == wire.ITEM:
+                            # Behind a missing item an end would read as if that had been all. So nothing more is
+                            # answered, as where an answer is lost: its reader waits until the deadline.
+                            self._inbox.leave(request)
+                            request.cancelled = True
+                            if finish(request):
+                                moved.append(request)
 
     def _send_to(self, identity: bytes, frame: Frame, moved: list[Request]) -> bool:
         try:
@@ -212,14 +221,23 @@ class Inbound:
         except ConnectionResetError:
             self.counts["answers to a peer that is gone"] += 1
             moved.extend(self._inbox.gone(identity))
+        except Exception as error:  # no memory, perhaps
+            self._note("answers that could not be sent", error)
         return False
 
     def _send_outgoing(self, moved: list[Request]) -> None:
         inbox = self._inbox
         while inbox.outgoing:
             waiting, inbox.outgoing = inbox.outgoing, []
-            for identity, frame in waiting:
-                self._send_to(identity, frame, moved)
+            waiting.reverse()
+            try:
+                while waiting:
+                    identity, frame = waiting[-1]
+                    if not self._send_to(identity, frame, moved):
+                        inbox.leave_unsaid(identity)
+                    waiting.pop()
+            finally:  # an interrupt: the others are told in the next round
+                inbox.outgoing[:0] = reversed(waiting)
 
     # In one hold of the lock ----------------------------------------------------------------------
 
@@ -288,8 +306,8 @@ class Inbound:
         """Have a worker of each one's target answer it, before what waits there: it asks whether they move at all."""
         for request in echoes:
             target: Queue = request.target
-            if not target.pooled:
-                self.refuse(request, "expired")  # who receives runs its methods, and has just shown that it does
+            if not target.pooled or target.stopped:
+                self.refuse(request, "expired")  # who receives runs its methods, as this shows; or nobody will run any
                 continue
             target.tasks.appendleft(request)
             try:
@@ -398,12 +416,14 @@ class Inbound:
 
     def note_broken_round(self, error: Exception) -> float:
         """Count, and log ever more rarely, that a round of the leader broke; seconds after which it is to go on."""
-        what = "rounds of receiving that broke"
+        self._note("rounds of receiving that broke", error)
+        return HELD_UP
+
+    def _note(self, what: str, error: Exception) -> None:
         self.counts[what] += 1
         if self.counts[what].bit_count() == 1:  # ever more rarely: it may go on for long
             with suppress(Exception):
-                log.error("to receive failed for the %d. time; it goes on", self.counts[what], exc_info=error)
-        return HELD_UP
+                log.error("%s: the %d. time; it goes on", what, self.counts[what], exc_info=error)
 
     def _run_lent(self) -> bool:
         """Run the lone request of a quick method; False where it held up the receiver so long that another one leads.

@@ -68,6 +68,8 @@ class LoopLink(Link):
             return
         self._lock.acquire()
         more = self._pump(None, BATCH)
+        if self.drained:  # nothing more is read, and what comes would call for a look without an end
+            self._loop.remove_reader(self.socket.fd)
         if self._stuck:
             if self._again is None:
                 self._again = self._loop.call_later(STUCK, self._look_again)

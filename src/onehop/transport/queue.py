@@ -5,6 +5,7 @@ See ``inbound.py`` for who receives.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from time import monotonic
@@ -173,11 +174,20 @@ class Queue:
         lock.acquire()
 
     def _work(self) -> None:
-        run, tasks, seconds = self.run, self.tasks, self._seconds
-        assert run is not None
         lock = new_lock()
         lock.acquire()
         kept = 0
+        while True:
+            try:
+                return self._work_on(lock, kept)
+            except Exception as error:  # no memory for the answers, perhaps; the others need this worker
+                time.sleep(self.inbound.note_broken_round(error))
+                kept = 1
+
+    def _work_on(self, lock: Any, kept: int) -> None:
+        """Work until the queue is stopped and empty; so many answers are kept back already."""
+        run, tasks, seconds = self.run, self.tasks, self._seconds
+        assert run is not None
         while True:
             try:
                 request = tasks.popleft()

@@ -17,6 +17,7 @@ from onehop.errors import ResourceLimit, SettingsError
 from onehop.protocol import wire
 from onehop.protocol.inbox import Message
 from onehop.protocol.wire import Body
+from onehop.settings import LARGEST_MESSAGE
 from onehop.transport.arrivals import Arrivals, hidden_path, is_local, path_of
 from onehop.transport.carrier import InboundSocket, LinkSocket
 from onehop.transport.descriptors import LARGEST_RESERVE, check_descriptors, listening_reserve
@@ -41,7 +42,7 @@ Options = tuple[tuple[int, int, str], ...]
 
 COMMON_OPTIONS: Options = (
     (zmq.LINGER, 0, "closing never waits by accident; who wants to wait drains first"),
-    (zmq.MAXMSGSIZE, 64 * 1024 * 1024, "a header that promises gigabytes is refused before memory is taken"),
+    (zmq.MAXMSGSIZE, LARGEST_MESSAGE, "a header that promises gigabytes is refused before memory is taken"),
     (zmq.HANDSHAKE_IVL, 5_000, "a scanner or a hung peer holds a connection for 5 s, not 30"),
     (zmq.HEARTBEAT_IVL, 2_000, "a peer whose host vanished sends no FIN; ask it every 2 s"),
     (zmq.HEARTBEAT_TIMEOUT, 4_500, "and count the connection as ended after 4.5 s without an answer: 6.5 s in all"),
@@ -102,6 +103,14 @@ class _Socket:
         self._address = self._socket.underlying
         self.fd = int(self._get(_FD))
 
+    def _break_off(self) -> None:
+        """End a message of which some parts were sent: what comes next would be taken for its rest.
+
+        Where nothing was sent, an empty message leaves, which means nothing.
+        """
+        with suppress(zmq.ZMQError):
+            self._send(b"", _NOWAIT)
+
 
 class _Link(_Socket):
     """A DEALER connected to one peer, with its monitor."""
@@ -140,9 +149,12 @@ class _Link(_Socket):
     def send_large(self, head: bytes, body: Body) -> bool:
         try:
             self._send(head, _NOWAIT_MORE)
+            self._send(body, _NOWAIT, False)
         except zmq.Again:
             return False
-        self._send(body, _NOWAIT, False)
+        except BaseException:
+            self._break_off()
+            raise
         return True
 
     def exchange(self, frame: bytes, wake: Wake, milliseconds: int, into: list[tuple[bytes, Body | None]]) -> bool:
@@ -238,27 +250,24 @@ class _Inbound(_Socket):
         )
 
     def _send_frame(self, identity: bytes, frame: bytes) -> bool:
-        if not self._send_identity(identity):
-            return False
-        self._send(frame, _NOWAIT)
-        return True
+        return self._send_parts(identity, frame)
 
     def send_large(self, identity: bytes, head: bytes, body: Body) -> bool:
-        if not self._send_identity(identity):
-            return False
-        self._send(head, _NOWAIT_MORE)
-        self._send(body, _NOWAIT, False)
-        return True
+        return self._send_parts(identity, head, body)
 
-    def _send_identity(self, identity: bytes) -> bool:
-        # What follows is taken whenever this was: libzmq asks for room once, and counts it in messages.
+    def _send_parts(self, identity: bytes, head: bytes, body: Body | None = None) -> bool:
+        # What follows the identity is taken whenever that was: libzmq asks for room once, and counts it in messages.
         try:
             self._send(identity, _NOWAIT_MORE)
+            self._send(head, _NOWAIT if body is None else _NOWAIT_MORE)
+            if body is not None:
+                self._send(body, _NOWAIT, False)
         except zmq.Again:
             return False
-        except zmq.ZMQError as error:
-            if error.errno == zmq.EHOSTUNREACH:
+        except BaseException as error:
+            if isinstance(error, zmq.ZMQError) and error.errno == zmq.EHOSTUNREACH:
                 raise ConnectionResetError("the connection has ended") from None
+            self._break_off()
             raise
         return True
 
