@@ -67,7 +67,7 @@ LINES_OF_A_FILE = 700
 # have run, nor one that was left unanswered; that whoever runs one hears when its caller is gone; that what is on its
 # way to a queue when that closes is refused; and that an interrupt, or want of memory, at a bad moment takes nothing
 # from others.
-CODE_LINES_OF_THE_CORE = 5_415
+CODE_LINES_OF_THE_CORE = 5_435
 CORE = ("protocol", "transport", "oslo")
 
 

@@ -156,7 +156,9 @@ def bodies_of(many: Iterable[Sequence[Any] | Mapping[str, Any]]) -> Iterator[byt
     pairs: list[Any] = []
     room = 1
     for number, each in enumerate(many):
-        if isinstance(each, Mapping):
+        if type(each) is tuple or type(each) is list:  # as most are; to ask for the others takes longer
+            pairs.append((each, {}))
+        elif isinstance(each, Mapping):
             pairs.append(((), each))
         elif isinstance(each, Sequence) and not isinstance(each, str | bytes | bytearray):
             pairs.append((each, {}))

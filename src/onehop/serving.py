@@ -314,9 +314,11 @@ class Incoming:
     def requeue(self) -> None:
         """Put it back at the end of its listener's queue."""
         self.begin()
-        request = self._request
-        if not request.answered and not request.target.put(request):
-            request.target.inbound.interrupt()  # whoever polls for it may be the one who leads
+        request, queue = self._request, self._request.target
+        if not request.answered and not queue.put(request):
+            if queue.closed:
+                queue.inbound.refuse_rest(queue)
+            queue.inbound.interrupt()  # whoever polls for it may be the one who leads
 
     def __repr__(self) -> str:
         return f"<Incoming {self.kind} {self.method!r} of {self.service!r}>"

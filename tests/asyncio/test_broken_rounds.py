@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from typing import Any
 
 import pytest
 
-from onehop import CallTimeout, Rejected
+from onehop import CallTimeout, Rejected, ResourceLimit
 from onehop.protocol import wire
 from onehop.testing.memory import MemoryCarrier, Network
 from onehop.transport.carrier import InboundSocket
@@ -85,6 +86,29 @@ async def test_round_that_breaks_takes_nothing_from_others_and_is_told_once(
     assert record.getMessage() == f"{what}: the 1. time; it goes on"
     assert record.exc_info[0] is OSError
     assert await client.call("double", 4) == 8
+
+
+@pytest.mark.parametrize("loop_kind", ["asyncio"])  # uvloop's methods cannot be replaced
+async def test_connection_that_fails_half_made_leaves_nothing_watched(
+    zmq_node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, calling = zmq_node(), zmq_node()
+    await serving.serve("clock", {"double": double})
+    assert await calling.wait_for("clock", timeout=5.0)
+    loop, watched = asyncio.get_running_loop(), []
+    add_reader = loop.add_reader
+
+    def add(descriptor: int, *rest: Any) -> None:
+        watched.append(descriptor)
+        if len(watched) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add_reader(descriptor, *rest)
+
+    monkeypatch.setattr(loop, "add_reader", add)
+    with pytest.raises(ResourceLimit, match=r"could be begun: .* No space left"):
+        await calling.call("clock", "double", 1)
+    assert [loop.remove_reader(each) for each in watched] == [False, False]
+    assert await calling.call("clock", "double", 1) == 2
 
 
 @pytest.mark.parametrize("loop_kind", ["asyncio"])  # uvloop does not tell

@@ -300,7 +300,7 @@ def test_a_call_that_was_taken_out_of_its_table_and_got_no_outcome_ends_with_its
     serving, calling = in_memory(), in_memory()
     serving.serve("clock", {"hold": gate.hold})
     began = time.monotonic()
-    call = background(calling.client("clock", timeout=0.3).call, "hold")
+    call = background(calling.client("clock", timeout=2.0).call, "hold")
     gate.wait_entered()
     inner = calling._core()
     (link,) = getattr(inner, "_inner", inner)._links.values()
@@ -308,7 +308,7 @@ def test_a_call_that_was_taken_out_of_its_table_and_got_no_outcome_ends_with_its
     with pytest.raises(CallError) as caught:
         call.result(within=5.0)
     assert caught.value.executed == "unknown"
-    assert 0.3 <= time.monotonic() - began < 1.3
+    assert 2.0 <= time.monotonic() - began < 3.0
 
 
 def test_many_calls_and_casts_go_on_over_one_new_connection(in_memory, network, gate, background, eventually) -> None:

@@ -74,9 +74,10 @@ def test_cast_that_was_taken_in_runs_however_long_it_waits(node, gate) -> None:
     ledger = Ledger()
     serving = node()
     serving.serve("clock", {"hold": gate.hold, "note": ledger.note}, workers=1)
-    client = node().client("clock", timeout=0.2)
-    client.cast("hold")
+    calling = node()
+    calling.cast("clock", "hold")
     gate.wait_entered()
+    client = calling.client("clock", timeout=0.5)
     client.cast("note", 1)
     with pytest.raises(CallTimeout):
         client.call("note", 2)  # which shows that their time has passed
@@ -95,10 +96,10 @@ def test_calls_made_for_a_cast_have_their_own_time(node, gate) -> None:
 
     relaying.serve("relay", {"relay": relay})
     calling = node()
-    calling.client("relay", timeout=0.2).cast("relay")
+    calling.client("relay", timeout=1.0).cast("relay")
     gate.wait_entered()
     with pytest.raises(CallTimeout):
-        calling.client("slow", timeout=0.3).call("hold")
+        calling.client("slow", timeout=1.1).call("hold")
     gate.open.set()
     assert ended.wait(1) == [None]
 

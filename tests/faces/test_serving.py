@@ -314,6 +314,17 @@ def test_cast_holds_its_room_until_done(node, eventually) -> None:
     assert listener.poll(timeout=5.0)[0].method == "c"
 
 
+def test_request_that_is_requeued_when_nobody_polls_any_more_is_refused(node) -> None:
+    listener = node().listen("clock")
+    call = node().client("clock", timeout=20.0).start("read")
+    (incoming,) = listener.poll(timeout=5.0)
+    listener.close()
+    incoming.requeue()
+    with pytest.raises(Rejected) as caught:
+        call.result()
+    assert (caught.value.reason, caught.value.executed) == ("draining", "no")
+
+
 def test_requeued_request_comes_last(node, eventually) -> None:
     serving = node()
     listener = serving.listen("clock")

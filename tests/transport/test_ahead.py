@@ -101,6 +101,25 @@ def test_a_server_where_nothing_begins_is_avoided_until_one_does(make_node, even
     assert [call.result() for call in calls] == [1] * 20
 
 
+def test_a_server_where_nothing_begins_is_in_nobodys_way_once_it_has_stopped(make_node, eventually) -> None:
+    serving = make_node()
+    listener = serving.listen("clock", ahead=AHEAD)
+    Polling(listener)
+    calling = make_node()
+
+    def state() -> str:
+        (peer,) = calling.statistics().peers
+        return peer.state
+
+    calls = [calling.client("clock", timeout=60.0).start("read") for _ in range(AHEAD - 1)]
+    eventually(lambda: state() == "stalled", within=20.0)
+    listener.stop()
+    serving.serve("other", {"read": lambda: 1})
+    eventually(lambda: state() == "ready", within=20.0)
+    for each in calls:
+        each.cancel()
+
+
 @pytest.mark.parametrize("ahead", [0, -1])
 def test_room_for_nobody_is_refused(make_node, ahead: int) -> None:
     with pytest.raises(SettingsError, match="ahead"):

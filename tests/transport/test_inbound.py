@@ -6,7 +6,7 @@ import errno
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import FrameType
@@ -549,6 +549,46 @@ def test_worker_outlives_what_breaks_when_it_sends_and_looks(inbound_bench: Inbo
         eventually(lambda number=number: bench.inbound.counts["rounds of receiving that broke"] == number + 1)
     eventually(lambda: bench.kinds_sent() == [wire.REPLY] * 3)
     assert len(set(threads)) == 1
+
+
+def test_worker_loses_nothing_where_what_it_does_before_a_slow_method_breaks(
+    inbound_bench: InboundBench, eventually
+) -> None:
+    bench = inbound_bench
+    ran: list[str] = []
+    all_came = threading.Event()
+
+    def fail() -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    def run(request: Request) -> None:
+        ran.append(request.method)
+        assert all_came.wait(SOON)
+        if len(ran) == 2:
+            bench.socket.looks.append(fail)
+        bench.inbound.put(request, answer_of(request))
+
+    queue = bench.offer("clock", Queue(run, 1, ["read", "slow"]))
+    queue._learn("read", 0.0)
+    for method in ("read", "read", "slow"):
+        bench.arrive(bench.request("clock", method))
+    bench.inbound.look(time.monotonic())
+    all_came.set()
+    eventually(lambda: bench.kinds_sent() == [wire.REPLY] * 3)
+    assert ran == ["read", "read", "slow"]
+    assert bench.inbound.counts["rounds of receiving that broke"] == 1
+
+
+def test_what_waits_in_a_line_that_nobody_sends_on_is_refused_too(inbound_bench: InboundBench) -> None:
+    bench = inbound_bench
+    queue = bench.offer("clock")
+    take_in(bench, "clock")
+    bench.inbound.look(time.monotonic())
+    request = queue.tasks.popleft()
+    queue.lines[request.sender], queue.held = deque([request]), 1  # as after an interrupt in the midst of a pop
+    queue.stop()
+    bench.inbound.refuse_rest(queue)
+    assert bench.kinds_sent() == [wire.REJECT]
 
 
 def test_workers_end_when_their_queue_is_stopped_and_run_what_is_left_first(work: Work, eventually) -> None:

@@ -139,10 +139,19 @@ class Listener:
     def _answer_echo(self, inbound: Inbound, echo: Request) -> None:
         """An echo asks whether workers take requests: while some of ours wait for one, the next that begins tells."""
         with self._counting:
-            if self._polled > self._began:
+            held = self._polled > self._began
+            if held:
                 self._echoes.append(echo)
-                return
-        inbound.refuse(echo, "expired")
+        if not held:
+            inbound.refuse(echo, "expired")
+        elif self._queue.stopped:  # looked at after it can be found
+            self._let_go(inbound)
+
+    def _let_go(self, inbound: Inbound) -> None:
+        """Answer the echoes that are held: nothing more depends on them. Without the lock: a signal handler may ask."""
+        while self._echoes:
+            with suppress(IndexError):
+                inbound.refuse(self._echoes.pop(), "expired")
 
     def _note_begun(self, request: Request) -> None:
         engine = self._engine
@@ -162,8 +171,12 @@ class Listener:
 
     def stop(self) -> None:
         """Withdraw: nothing more comes, and :meth:`poll` waits no more. May be called twice."""
-        if self._engine is not None:
-            self._engine.withdraw(self._queue)
+        engine = self._engine
+        if engine is None:
+            return
+        engine.withdraw(self._queue)
+        if engine.inbound is not None:
+            self._let_go(engine.inbound)
 
     def close(self) -> None:
         """:meth:`stop`, and refuse what was not polled. May be called twice."""

@@ -393,9 +393,11 @@ class Invariants:
             self.fail(f"the handlers of {request.target.offer.server!r} ran {entry!r}")
 
     def dropped(self, engine: EngineLike, request: Request) -> None:
-        """A receiver passes over a request that it took in: not before its deadline."""
+        """A receiver passes over a request that it took in: not before its deadline, and never over a cast."""
         entry = self.entry_of(engine, request)
         entry.dropped += 1
+        if request.kind != wire.REQUEST:
+            self.fail(f"node {engine.index} passed over {entry!r}, a cast")
         if not request.cancelled and (request.deadline is None or engine.clock.now < request.deadline):
             self.fail(f"node {engine.index} passed over {entry!r} before its deadline")
 
@@ -542,7 +544,7 @@ class Invariants:
             if entry.outcome is None:
                 self.fail(f"{entry!r} has not ended")
             was_taken = entry.outcome == "taken" and not any(engine.is_over for engine in entry.taken_by)
-            if was_taken and not entry.executions and not entry.dropped:
+            if was_taken and not entry.executions:
                 self.fail(f"{entry!r} was taken in by a node that lives, and did not run")
         for engine in engines:
             inbox = engine.protocol.inbox

@@ -301,6 +301,9 @@ class BlockingEngine(Engine):
         self._watch.add(socket.monitor_fd, link)
         return link
 
+    def _unwatch(self, socket: LinkSocket) -> None:
+        self._watch.discard(socket.monitor_fd)
+
     async def wait(self, link: Link, call: Call, seen: int, until: float) -> bool:
         assert isinstance(link, BlockingLink)
         if call is not link.hello:

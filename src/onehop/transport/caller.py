@@ -322,7 +322,7 @@ class Caller(Connector):
             overdue = max(attempt.until, monotonic()) + OVERDUE
             while call.outcome is None:  # another thread took it out of the table and is writing the outcome
                 if monotonic() >= overdue:  # or was interrupted between the two
-                    self._give_up(link, call)
+                    self._fail(attempt, attempt.timed_out())
                 await self.wait(link, call, call.signs, monotonic() + 0.001)
         if call.outcome == REJECTED or call.outcome == LOST:
             if call.given_up and call.deadline <= monotonic():

@@ -126,6 +126,10 @@ class Connector(ABC):
         """A link whose calls are waited for in this engine's way."""
 
     @abstractmethod
+    def _unwatch(self, socket: LinkSocket) -> None:
+        """Wait for nothing of ``socket``, of which no link came to be: its descriptors are another's soon."""
+
+    @abstractmethod
     async def wait(self, link: Link, call: Call, seen: int, until: float) -> bool:
         """Wait until ``call`` has an outcome or a sign beyond ``seen``; False when ``until`` came first."""
 
@@ -194,6 +198,7 @@ class Connector(ABC):
                     link.end("it was interrupted")
                     self._ended_links.append(link)
                 elif socket is not None:
+                    self._unwatch(socket)
                     socket.close(0.0)
                 self.protocol.lost(peer, "no connection could be begun", monotonic())
                 if isinstance(error, OSError):

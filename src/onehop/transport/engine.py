@@ -123,11 +123,15 @@ class Engine(Caller):
                 self._keep()
                 self._announce()
             except errors.OnehopError:
-                self.withdraw(queue)
+                self.withdraw(queue, listed=False)
                 raise
 
-    def withdraw(self, queue: Queue) -> None:
-        """Take nothing more for ``queue``. What it has taken stays owed; polls return what is left."""
+    def withdraw(self, queue: Queue, *, listed: bool = True) -> None:
+        """Take nothing more for ``queue``. What it has taken stays owed; polls return what is left.
+
+        Args:
+            listed: whether the registry tells of it, and is to be blamed if it goes on to.
+        """
         with self._announcing:
             mine = [offer for offer in self._offers if offer.queue is queue]
             self._offers = [offer for offer in self._offers if offer.queue is not queue]
@@ -135,8 +139,9 @@ class Engine(Caller):
                 if mine and not self.closed:
                     self._announce()  # first, so that fewer ask in vain
             except errors.OnehopError as error:  # who withdraws means to finish what was taken, and must come to that
-                what = ", ".join(f"{offer.service!r} at {offer.server!r}" for offer in mine)
-                log.warning("the registry lists %s on, which is refused from now on: %s", what, error)
+                if listed:
+                    what = ", ".join(f"{offer.service!r} at {offer.server!r}" for offer in mine)
+                    log.warning("the registry lists %s on, which is refused from now on: %s", what, error)
             finally:  # whatever the registry says, nothing more is taken
                 for offer in mine:
                     if self.inbound is not None:

@@ -121,8 +121,12 @@ class Inbound:
         """
         queue.closed = True
         while queue:
-            with suppress(IndexError):  # a last poll, or who receives, may be quicker
-                self.refuse(queue.pop(), "draining")
+            try:
+                request = queue.pop()
+            except IndexError:  # a last poll was quicker; or who was to send the next line there was interrupted
+                queue.advance()
+            else:
+                self.refuse(request, "draining")
 
     def answer_echoes(self, queue: Queue) -> None:
         """Answer what asks whether the workers of ``queue``, which is withdrawn, move: nothing more depends on them."""
@@ -306,10 +310,13 @@ class Inbound:
         """Have a worker of each one's target answer it, before what waits there: it asks whether they move at all."""
         for request in echoes:
             target: Queue = request.target
-            if not target.pooled or target.stopped:
-                self.refuse(request, "expired")  # who receives runs its methods, as this shows; or nobody will run any
+            if not target.pooled:
+                self.refuse(request, "expired")  # who receives runs its methods, and has just shown that it does
                 continue
             target.tasks.appendleft(request)
+            if target.stopped:  # looked at after it can be found
+                self.answer_echoes(target)
+                continue
             try:
                 if not target.wake_one() and not leading and target is self._leading_for:
                     self._wake.set()

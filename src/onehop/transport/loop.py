@@ -175,6 +175,10 @@ class LoopEngine(Engine):
     def _new_link(self, socket: LinkSocket, calls: CallTable, control: Callable[[Link, bytes], None]) -> Link:
         return LoopLink(socket, calls, control, self.loop, self._hear)
 
+    def _unwatch(self, socket: LinkSocket) -> None:
+        for descriptor in (socket.fd, socket.monitor_fd):
+            self.loop.remove_reader(descriptor)
+
     async def wait(self, link: Link, call: Call, seen: int, until: float) -> bool:
         if call.outcome is None and call.signs == seen and (left := until - monotonic()) > 0:
             self.check_loop()

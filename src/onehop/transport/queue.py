@@ -210,10 +210,14 @@ class Queue:
             method = request.names[2]
             mean = seconds.get(method, 0.0)  # of a method there is not: its refusal is quick
             if mean > QUICK:
-                if kept:
-                    self.inbound.turn(self)
-                if tasks:
-                    self.wake_one()
+                try:
+                    if kept:
+                        self.inbound.turn(self)
+                    if tasks:
+                        self.wake_one()
+                except Exception:
+                    tasks.appendleft(request)
+                    raise
             began = monotonic()
             try:
                 run(request)

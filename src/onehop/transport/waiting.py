@@ -70,9 +70,9 @@ class Watch:
     def add(self, descriptor: int, whose: Any) -> None:
         """Wait for ``descriptor`` from now on."""
         if descriptor not in self._watched:
-            self._watched[descriptor] = whose
             if self._epoll is not None:
                 self._epoll.register(descriptor, select.EPOLLIN)
+            self._watched[descriptor] = whose
 
     def discard(self, descriptor: int) -> None:
         """Do not wait for ``descriptor`` any more. Comes before it is closed: a forked child may hold it open."""
