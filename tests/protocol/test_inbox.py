@@ -608,6 +608,29 @@ def test_final_goodbye_does_not_go_to_one_who_may_still_wait_for_what_was_left_u
     assert wire.is_final(frame) == is_final
 
 
+def test_final_goodbye_proves_nothing_to_a_connection_that_something_was_not_said_to(talk: Any) -> None:
+    talk.carry(talk.frame(1, wire.CAST))
+    [cast] = talk.moved
+    talk.inbox.leave_unsaid(IDENTITY)  # its acknowledgement
+    talk.inbox.leave_unsaid(b"gone since")
+    assert talk.inbox.finish(cast)
+    talk.inbox.outgoing.clear()
+    talk.inbox.drain("drained", 1e9, final=True)
+    [(_, frame)] = talk.inbox.outgoing
+    assert not wire.is_final(frame)
+
+
+def test_cast_that_is_refused_after_all_is_counted_and_never_runs(talk: Any) -> None:
+    talk.carry(talk.frame(1, wire.CAST))
+    [cast] = talk.moved
+    talk.inbox.refuse_taken(cast, "draining")
+    assert talk.inbox.refused["draining"] == 1
+    talk.inbox.outgoing.clear()
+    talk.carry(talk.frame(1, wire.CAST))
+    assert talk.inbox.outgoing == [(IDENTITY, wire.ack([1]))]  # it had been acknowledged
+    assert talk.moved == [cast]
+
+
 def senders_alive() -> int:
     return sum(isinstance(each, Sender) for each in gc.get_objects())
 

@@ -49,7 +49,7 @@ def test_long_run_ends_soon_when_it_is_interrupted_and_leaves_nothing(
         finally:
             running.kill()
     assert (running.returncode, "interrupted; what it had started has been ended\n" in told) == (130, True), told
-    # Where it comes in the midst of what Python does at a fork, Python shows it and goes on; the program sees to the rest.
+    # In the midst of what Python does at a fork it is shown and ignored; the program sees to the rest.
     assert told.count("Traceback") == told.count("Exception ignored in"), told
     assert not [each for each in started if os.path.exists(f"/proc/{each}")]
 
