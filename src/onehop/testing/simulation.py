@@ -586,8 +586,9 @@ class World:
                 self.invariants.bounds(self._nodes[self._turn].engine)
         self.clock.after(BOUNDS_EVERY, self._look)
 
-    def settle(self, within: float = 120.0) -> None:
-        """Make no more random requests, let those under way end, and check what must hold at rest."""
+    def settle(self, within: float = 600.0) -> None:
+        """Make no more random requests, let those under way end (behind sixty others a cast waits for minutes), and
+        check what must hold at rest."""
         self._is_quiet = True
         self.clock.run(self.now + within, self._nothing_under_way)
         # Answers and cancellations are still on their way, and handlers whose callers gave up still run.
