@@ -29,7 +29,7 @@ SLOW = 1.0
 NOISY = 0.1
 """Seconds for which a machine holds a process up that is no measure of rates."""
 BUSY, TRIES = 0.02, 3
-"""Seconds for which a machine holds a process up that does other things beside; and how many chances a row has there."""
+"""Seconds for which a machine holds a process up that does other things too; and how many chances a row has there."""
 WARM = 2.0
 RESTART = 0.5
 """Seconds after which a killed server is started again, when all must have been well without it for so long."""
