@@ -81,6 +81,7 @@ def test_second_signal_ends_at_once(
         call.result()
 
 
+@pytest.mark.alone
 def test_serve_ends_within_ten_seconds_of_sigterm_whatever_its_handlers_do(
     start: Callable[..., Any], here: Any, make_node: Callable[..., Node], background: Any
 ) -> None:
@@ -92,7 +93,7 @@ def test_serve_ends_within_ten_seconds_of_sigterm_whatever_its_handlers_do(
     process.send_signal(signal.SIGTERM)
     assert process.wait(15) == 1
     assert process.stderr.readline() == "onehop: draining; a second Ctrl-C ends it at once\n"
-    assert 8.0 < time.monotonic() - began < 12.0  # 10, where nothing runs beside
+    assert 8.0 < time.monotonic() - began < 10.0
     with pytest.raises(PeerLost):
         call.result()
 

@@ -151,6 +151,8 @@ def test_a_request_runs_out_of_time_where_a_process_stood_still_for_long(written
     unknown = [CALL, "E 7 failed unknown CallTimeout - 105.01"]
     assert len(written(caller=unknown, server=[RAN]).breaches()) == 1
     assert len(written(caller=unknown, server=[RAN, "L 0.4 103.0"]).breaches()) == 1
+    often = [f"L 0.09 {100.1 + number / 5:.2f}" for number in range(20)]  # as where its threads wait for each other
+    assert len(written(caller=unknown, server=[RAN, *often]).breaches()) == 1
     found = written(caller=unknown, server=[RAN, "L 0.6 103.0"])
     assert found.breaches() == []
     # Who was stopped on purpose is no measure of the machine.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 from onehop.transport.waiting import Watch
+
+EPOLL = select.epoll
 
 
 @pytest.fixture
@@ -30,6 +35,50 @@ def test_watch_tells_what_is_readable_and_whose_it_is(bell: int) -> None:
     assert watch.wait(5.0) == [(bell, "mine")]  # for as long as it is readable
     os.eventfd_read(bell)
     assert watch.wait(0.0) == []
+
+
+def test_watch_forgets_what_cannot_be_watched(bell: int, tmp_path: Path) -> None:
+    watch = Watch()
+    with open(tmp_path / "file", "w") as file:
+        with pytest.raises(PermissionError):  # epoll watches no plain file
+            watch.add(file.fileno(), "never")
+        os.dup2(bell, file.fileno())
+        watch.add(file.fileno(), "mine")
+        os.eventfd_write(bell, 1)
+        assert watch.wait(5.0) == [(file.fileno(), "mine")]
+        watch.discard(file.fileno())
+
+
+class BreakingEpoll:
+    """An epoll of the system whose next wait breaks once for each entry of ``breaks``."""
+
+    breaks: ClassVar[list[None]] = []
+
+    def __init__(self) -> None:
+        self._inner = EPOLL()
+
+    def poll(self, seconds: float) -> Any:
+        if self.breaks:
+            self.breaks.pop()
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return self._inner.poll(seconds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def test_housekeeping_outlives_a_round_that_breaks(
+    make_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, eventually: Any
+) -> None:
+    monkeypatch.setattr(select, "epoll", BreakingEpoll)
+    serving, calling = make_node(), make_node()
+    serving.serve("clock", {"read": lambda: 1})
+    assert calling.call("clock", "read") == 1
+    BreakingEpoll.breaks.append(None)
+    eventually(lambda: not BreakingEpoll.breaks)
+    serving.close()
+    eventually(lambda: not calling._core()._links, within=10.0)
+    assert "the housekeeping of node" in caplog.text
 
 
 def test_watch_does_not_tell_of_what_was_discarded_until_it_is_added_again(bell: int) -> None:

@@ -136,6 +136,15 @@ def test_follower_whose_time_is_up_leaves_alone(bench: LinkBench, background, ev
     assert leading.result(SOON) is True
 
 
+def test_leader_leaves_with_its_time_though_nobody_gives_the_lock_back(bench: LinkBench, background) -> None:
+    assert bench.link._lock.acquire(False)  # as by a thread that was interrupted before it could see to that
+    try:
+        _call, leading = waiter(bench, background, within=0.1)
+        assert leading.result(SOON) is False
+    finally:
+        bench.link._lock.release()
+
+
 def test_newcomer_that_becomes_leader_while_its_reply_is_read_sees_it(bench: LinkBench, background, eventually) -> None:
     call, _frame = bench.begin()
     started = []

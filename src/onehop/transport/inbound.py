@@ -422,7 +422,7 @@ class Inbound:
                 self._lead.release()
 
     def note_broken_round(self, error: Exception) -> float:
-        """Count, and log ever more rarely, that a round of the leader broke; seconds after which it is to go on."""
+        """Count, and log ever more rarely, that a round of who receives broke; seconds until it is to go on."""
         self._note("rounds of receiving that broke", error)
         return HELD_UP
 

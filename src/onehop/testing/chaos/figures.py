@@ -10,7 +10,7 @@ from typing import Any
 from onehop.testing.ledger import CAST, FAILED, REPLIED, VERBS, Entry, Ledger, Outage
 
 WINDOW = 0.25
-MOST = 0.5
+LEAST_WELL = 0.5
 """The part of all requests that must come to what was wanted for a run to say anything."""
 FEW = 8
 """Requests in a window of which no 99th percentile is taken."""
@@ -154,7 +154,7 @@ def report(ledger: Ledger, outages: Sequence[Outage], began: float) -> dict[str,
     """All of it, as JSON has it. ``breaches`` are the ledger's, and that too few requests came to what was wanted."""
     requests = list(ledger.requests)
     well = sum(each.well for each in requests)
-    too_few = [f"{well} of {len(requests)} requests came to what was wanted"] if well <= MOST * len(requests) else []
+    too_few = f"{well} of {len(requests)} requests came to what was wanted"
     seconds = max((each.ended for each in requests), default=began) - began
     ran, times = again(ledger)
     return {
@@ -167,5 +167,5 @@ def report(ledger: Ledger, outages: Sequence[Outage], began: float) -> dict[str,
         "executions_beyond_the_first": times - ran,
         "explained_by_outages": dict(ledger.explained(outages)),
         "worst_stall_ms": round(ledger.worst_stall(outages) * 1000, 1),
-        "breaches": too_few + ledger.breaches(outages),
+        "breaches": [*([too_few] if well <= LEAST_WELL * len(requests) else []), *ledger.breaches(outages)],
     }
