@@ -17,11 +17,17 @@ from typing import Any, Self
 import pytest
 import uvloop
 
+from hypothesis import settings
+
 import onehop.asyncio
 from onehop import Node
 from onehop.settings import ENVIRONMENT_PREFIX
 
 pytest.register_assert_rewrite("tests.registry.outages")  # tests of several registries, which say what was there, too
+
+# An example that the machine held up is no failure: a test that is about time measures it itself.
+settings.register_profile("no deadline", parent=settings(), deadline=None)
+settings.load_profile("no deadline")
 
 FIGURES = re.compile(r"(R\d+|Soak)  ")
 """How a line of output begins that tells the figures of a row of docs/reliability."""

@@ -43,7 +43,7 @@ class Counter:
 
 
 async def ended(counter: Counter) -> None:
-    await asyncio.wait_for(counter.ended.wait(), 5.0)
+    await asyncio.wait_for(counter.ended.wait(), 20.0)
 
 
 @pytest.mark.parametrize("items", [0, 1, 31, 32, 33, 500])

@@ -22,7 +22,7 @@ def test_bench_measures_both_ways_of_running_and_both_loads(run: Callable[..., A
     ]  # fmt: skip
     for each in ended.json:
         assert each.keys() == {"run", "calls_per_second", "p50", "p99", "client_cpu", "server_cpu"}
-        assert each["calls_per_second"] > 100
+        assert each["calls_per_second"] > 10
         assert 0 < each["p50"] <= each["p99"]
         assert each["client_cpu"] > 0
         assert each["server_cpu"] >= 0

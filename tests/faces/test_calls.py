@@ -27,8 +27,10 @@ def lateness(call: Any, deadline: float, times: int = 3) -> float:
     best = float("inf")
     for _ in range(times):
         began = time.monotonic()
-        with pytest.raises(CallTimeout):
+        with pytest.raises((CallTimeout, Rejected)) as caught:
             call()
+        # Where the machine held a short call up, it expired at the server before it ran, which may be heard first.
+        assert getattr(caught.value, "reason", "expired") == "expired"
         best = min(best, time.monotonic() - began - deadline)
     return best
 
@@ -226,8 +228,10 @@ def test_nested_call_inherits_the_deadline(node, gate) -> None:
 def test_deadline_is_not_inherited_by_what_comes_after(node, gate) -> None:
     serving = node()
     serving.serve("clock", gate, workers=1)
+    held = node().client("clock", timeout=0.5).start("hold")
+    gate.wait_entered()
     with pytest.raises(CallTimeout):
-        node().client("clock", timeout=0.05).call("hold")
+        held.result()
     gate.open.set()
     assert node().client("clock", timeout=10.0).call("read") == 1
     assert onehop.current() is None
@@ -579,7 +583,9 @@ def test_threads_on_one_client_get_each_its_own_reply(node, background) -> None:
 
 def test_result_asked_for_again_after_a_timeout_ends_at_once(node, gate) -> None:
     node().serve("slow", gate)
-    call = node().client("slow", timeout=0.1).start("hold")
+    client = node().client("slow", timeout=0.2)
+    client.options(timeout=10.0).call("read")  # a connection takes its time
+    call = client.start("hold")
     with pytest.raises(CallTimeout):
         call.result()
     with pytest.raises(onehop.CallError):
@@ -590,8 +596,9 @@ def test_result_asked_for_again_after_a_timeout_ends_at_once(node, gate) -> None
 def test_calls_that_nobody_asks_the_result_of_leave_the_table_after_their_deadline(node, gate, eventually) -> None:
     node().serve("slow", gate)
     calling = node()
+    calling.call("slow", "read")  # a connection takes its time
     for _ in range(5):
-        calling.client("slow", timeout=0.1).start("hold")
+        calling.client("slow", timeout=0.2).start("hold")
     eventually(lambda: [each.in_flight for each in calling.statistics().peers] == [0], 10.0)
     gate.open.set()
 

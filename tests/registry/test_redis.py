@@ -497,6 +497,7 @@ def test_what_was_long_on_its_way_takes_nothing_newer_away(store: Make) -> None:
 
 def test_between_reading_and_following_nothing_is_missed(store: Make) -> None:
     one, _ = store()
+    one.publish(NODE, {"clock": b"0"})
     ended, last = threading.Event(), [0]
 
     def publish() -> None:

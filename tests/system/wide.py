@@ -101,7 +101,7 @@ def wide(hosts: Hosts, registry: Registry, receivers: int, processes: int = 8) -
     origin.hear()
 
     def warm() -> None:
-        until = time.monotonic() + 30.0
+        until = time.monotonic() + 60.0  # no figure: until the dead are forgotten, and the new ones known
         while (said := origin.ask(str(receivers)))["taken"] != receivers or said["others"]:
             assert time.monotonic() < until, "not all receivers can be reached"
 

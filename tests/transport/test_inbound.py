@@ -358,6 +358,8 @@ SLOW = 0.02  # seconds; far above what counts as quick
 class Work:
     """What handlers do: ``"quick"`` returns at once, ``"slow"`` takes its time, ``"held"`` waits for ``let_go``.
 
+    "together" is slow, and waits until as many run as there are workers.
+
     "quick" and "held" are known to be quick, from many runs at which "held" had nothing to wait for.
 
     Attributes:
@@ -365,15 +367,14 @@ class Work:
         sent: how many answers had left when each began.
     """
 
-    METHODS = ("quick", "slow", "held")
+    METHODS = ("quick", "slow", "held", "together")
 
     def __init__(self, bench: InboundBench, workers: int, eventually) -> None:  # type: ignore[no-untyped-def]
         self.bench = bench
         self.ran: list[tuple[str, int]] = []
         self.sent: list[int] = []
         self.let_go = threading.Event()
-        self.running = 0
-        self.together = 0
+        self.everyone = threading.Barrier(workers)
         self.queue = bench.offer("clock", Queue(self.run, workers, self.METHODS))
         self.let_go.set()
         bench.inbound.start_receiver()
@@ -387,13 +388,12 @@ class Work:
     def run(self, request: Request) -> None:
         self.sent.append(len(self.bench.socket.sent))
         self.ran.append((request.method, threading.get_ident()))
-        self.running += 1
-        self.together = max(self.together, self.running)
-        if request.method == "slow":
+        if request.method in ("slow", "together"):
             time.sleep(SLOW)
         elif request.method == "held":
             assert self.let_go.wait(FAR)
-        self.running -= 1
+        if request.method == "together":
+            self.everyone.wait(FAR)
         self.bench.inbound.put(request, answer_of(request))
 
     def ask(self, *methods: str) -> None:
@@ -421,6 +421,7 @@ def make_work(inbound_bench: InboundBench, eventually) -> Iterator[Callable[[int
     yield make
     for work in made:
         work.let_go.set()
+        work.everyone.abort()
 
 
 @pytest.fixture
@@ -460,10 +461,9 @@ def test_quick_requests_of_a_moment_are_run_by_one_thread(work: Work, eventually
 
 
 def test_slow_requests_of_a_moment_are_spread_over_all_threads(work: Work, eventually) -> None:
-    work.ask(*["slow"] * 16)
+    work.ask(*["together"] * 16)
     eventually(lambda: work.answered(16))
     assert len(work.threads) == 8
-    assert work.together >= 4
 
 
 def test_method_that_is_not_there_is_refused_as_quickly_as_a_quick_one_runs(work: Work, eventually) -> None:
@@ -592,12 +592,12 @@ def test_what_waits_in_a_line_that_nobody_sends_on_is_refused_too(inbound_bench:
 
 
 def test_workers_end_when_their_queue_is_stopped_and_run_what_is_left_first(work: Work, eventually) -> None:
-    work.ask(*["slow"] * 30)
+    work.ask(*["together"] * 32)
     eventually(lambda: len(work.threads) == 8)
     workers = [thread for thread in threading.enumerate() if thread.ident in work.threads]
     work.queue.stop()
     eventually(lambda: not any(thread.is_alive() for thread in workers))
-    assert work.answered(30)
+    assert work.answered(32)
     assert not work.queue.tasks
 
 

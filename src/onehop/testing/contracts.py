@@ -321,7 +321,7 @@ def _servers_may_share_a_name(place: _Place) -> None:
 
 def _what_is_wanted_is_delivered(place: _Place) -> None:
     registry = place.open()
-    views = place.watched(registry, "clock")
+    views, everybody = place.watched(registry, "clock"), place.watched()
     services = {"clock": ("a",), "compute": ("host-7",)}
     place.announced(_record(1, services=services))
     place.announced(_record(2, services={"compute": ("host-8",)}))
@@ -340,6 +340,7 @@ def _what_is_wanted_is_delivered(place: _Place) -> None:
     if filters:
         delivered = {service for view in views.all for record in view for service in record.services}
         _expect(delivered == {"clock"}, "a registry that filters delivers nobody whose services nobody wants")
+    everybody.expect(everything, "what is announced is delivered to who wants everything")  # it has arrived, that is
     place.want(registry, "compute")
     _expect(
         {_record(1).node, _record(2).node, _record(3).node} == {record.node for record in views.last},
