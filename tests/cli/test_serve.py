@@ -55,7 +55,7 @@ def test_signal_lets_the_request_in_flight_be_answered(
     process = start("serve", "watch:Clock", cwd=here)
     ready(process)
     node = make_node(ready_timeout=0.0)
-    call = background(node.call, "clock", "slow", 0.8)
+    call = background(node.call, "clock", "slow", 3.0)
     assert ready(process) == "entered\n"
     process.send_signal(number)
     eventually(lambda: not [view for view in node.servers("clock") if view.state == "serving"])

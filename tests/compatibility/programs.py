@@ -237,7 +237,7 @@ async def deadlines(client: Any) -> None:
 @scenario
 async def monitored_calls(client: Any) -> None:
     """The handler takes longer than the interval: without signs of life the call would end."""
-    assert await client.options(monitor=0.4).call("sleep", 1.0, "monitored" + WHO) == "slept"
+    assert await client.options(monitor=1.5).call("sleep", 2.5, "monitored" + WHO) == "slept"
 
 
 @scenario
@@ -461,8 +461,8 @@ def oslo_client() -> None:
         compute.prepare(timeout=0.4).call({}, "sleep", seconds=3.0)
     except messaging.MessagingTimeout:
         found["late"] = True
-    monitored = compute.prepare(timeout=10, call_monitor_timeout=1)
-    found["monitored"] = monitored.call({}, "sleep", seconds=1.5)
+    monitored = compute.prepare(timeout=10, call_monitor_timeout=2)
+    found["monitored"] = monitored.call({}, "sleep", seconds=3.0)
     say(**found)
 
 

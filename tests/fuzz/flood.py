@@ -39,6 +39,7 @@ import onehop
 from onehop.protocol import wire
 from onehop.registry.local import LocalRegistry
 from onehop.settings import Settings
+from onehop.testing.chaos.cluster import free_port
 
 MEMORY = 16 << 20
 RATE = 10_000_000
@@ -286,12 +287,7 @@ class Flood:
 
     def run(self) -> bool:
         """Run it and print what happened; whether all is well."""
-        dice = random.Random(os.urandom(8))
-        ports: list[int] = []
-        while len(ports) < 2:
-            port = dice.randrange(20_000, 32_000)  # below those of outgoing connections
-            with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-                ports.append(port)
+        ports = [free_port(), free_port()]
         settings = {
             "registry": f"hosts://127.0.0.1:{ports[0]}/", "ports": f"{ports[1]}", "insecure": True, "host": "a",
             "address": "127.0.0.1", "run_directory": f"{self.directory}/a", "cache_directory": "none",

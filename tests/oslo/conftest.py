@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.processes import send
 
 with warnings.catch_warnings():
     # oslo.service and futurist import eventlet where it is installed, and eventlet warns of itself.
@@ -90,7 +91,7 @@ class Program:
         self.process.stdin.flush()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        self.process.send_signal(number)
+        send(self.process, number)
 
     def wait(self, limit: float = LIMIT) -> int:
         return self.process.wait(limit)

@@ -92,7 +92,7 @@ class Outages:
     Attributes:
         server_class: starts one server.
         lease: seconds; short, so that the tests are.
-        within: seconds within which a change is seen by others.
+        within: seconds within which others see, beyond a lease's own time, that it has ended.
         joins: how many nodes join at once in the contract's check.
     """
 
@@ -143,7 +143,7 @@ class Outages:
         views = cluster.watched()
         cluster.announced(record(1), record(2), record(3))
         with cluster.process(record(4)):
-            assert views.become(1, 2, 3, 4, within=self.within)
+            assert views.become(1, 2, 3, 4)
             time.sleep(self.hold)  # the connection has to be an old one: that time is the subject
             assert views.nodes == [1, 2, 3, 4]
         assert views.become(1, 2, 3, within=self.expired)
@@ -152,7 +152,7 @@ class Outages:
         views = cluster.watched()
         cluster.announced(record(1), record(2))
         with cluster.process(record(3)), cluster.process(record(4)):
-            assert views.become(1, 2, 3, 4, within=self.within)
+            assert views.become(1, 2, 3, 4)
             time.sleep(self.hold)  # as above
         killed = time.monotonic()
         assert views.become(1, 2, within=self.expired + self.hold + self.within)
@@ -162,7 +162,7 @@ class Outages:
         views = cluster.watched()
         cluster.announced(record(1))
         with cluster.process(record(2)):
-            assert views.become(1, 2, within=self.within)
+            assert views.become(1, 2)
         mark = len(views.all)
         assert views.become(1, within=self.expired + self.hold)
         assert all(record(1) in view for view in views.all[mark - 1 :])
@@ -170,10 +170,10 @@ class Outages:
     def test_what_an_earlier_session_left_does_not_take_a_newer_record_away(self, cluster: Cluster) -> None:
         views = cluster.watched()
         with cluster.process(record(1, version="old")) as pid:
-            assert views.become(1, within=self.within)
+            assert views.become(1)
             os.kill(pid, signal.SIGSTOP)  # it renews nothing any more, and its lease ends on its own
             cluster.announced(record(1, version="new"))
-            assert eventually(lambda: views.last == (record(1, version="new"),), self.within)
+            assert eventually(lambda: views.last == (record(1, version="new"),))
             mark = len(views.all)
             time.sleep(self.expired)  # the end of the old lease is the subject
         assert views.last == (record(1, version="new"),)
@@ -185,7 +185,7 @@ class Outages:
         (early,) = cluster.announced(record(1, version="old"))
         cluster.announced(record(1, version="new"))
         early.close()
-        assert eventually(lambda: views.last == (record(1, version="new"),), self.within)
+        assert eventually(lambda: views.last == (record(1, version="new"),))
         time.sleep(self.lease)  # nothing else comes
         assert views.last == (record(1, version="new"),)
         assert cluster.watched().last == (record(1, version="new"),)
@@ -197,9 +197,9 @@ class Outages:
             registry.announce(record(number))
         watching = [cluster.watched(cluster.open(realm=name), "") for name in names]
         for number, views in enumerate(watching):
-            assert views.become(number, within=self.within)
+            assert views.become(number)
         registries[0].announce(record(0, version="new"))
-        assert eventually(lambda: watching[0].last == (record(0, version="new"),), self.within)
+        assert eventually(lambda: watching[0].last == (record(0, version="new"),))
         assert all(view == () or [each.node for each in view] == [record(number).node]
                    for number, views in enumerate(watching) for view in views.all)  # fmt: skip
 
@@ -229,10 +229,10 @@ class Outages:
                 server.garble(cluster.settings.realm, "clock", node, value)
             assert eventually(lambda: set(registry.skipped) == {f"clock/{node}" for node in garbage}, self.expired)
             cluster.announced(record(2))
-            assert views.become(1, 2, within=self.within)
+            assert views.become(1, 2)
         for node in garbage:
             assert [f"clock/{node}" in each.getMessage() for each in caplog.records].count(True) == 1
-        assert cluster.watched().become(1, 2, within=self.within)
+        assert cluster.watched().become(1, 2)
         mended = msgspec.json.encode(record(11))
         server.garble(cluster.settings.realm, "clock", record(11).node, mended)
         assert views.become(1, 2, 11, within=self.expired)
@@ -259,7 +259,7 @@ class Outages:
     ) -> None:
         views = cluster.watched()
         cluster.announced(*(record(number) for number in range(1, 6)))
-        assert views.become(1, 2, 3, 4, 5, within=self.within)
+        assert views.become(1, 2, 3, 4, 5)
         mark = len(views.all)
         with caplog.at_level(logging.INFO, LOGGER):
             server.restart()
@@ -276,7 +276,7 @@ class Outages:
         views = cluster.watched()
         numbers = range(1, 21)
         cluster.announced(*map(record, numbers))
-        assert views.become(*numbers, within=self.within)
+        assert views.become(*numbers)
         mark = len(views.all)
         server.wipe()
         fresh = cluster.watched()
@@ -288,7 +288,7 @@ class Outages:
     def test_nobody_is_dropped_over_a_pause_longer_than_the_lease(self, server: Server, cluster: Cluster) -> None:
         views = cluster.watched()
         cluster.announced(*(record(number) for number in range(1, 6)))
-        assert views.become(1, 2, 3, 4, 5, within=self.within)
+        assert views.become(1, 2, 3, 4, 5)
         mark = len(views.all)
         server.pause()
         time.sleep(3 * self.lease)  # the pause is the subject
@@ -305,7 +305,7 @@ class Outages:
         views = cluster.watched()
         cluster.announced(record(1), record(2))
         with cluster.process(record(3)):
-            assert views.become(1, 2, 3, within=self.within)
+            assert views.become(1, 2, 3)
             server.stop()
         time.sleep(self.lease)  # its lease would have ended
         assert views.nodes == [1, 2, 3]
@@ -318,7 +318,7 @@ class Outages:
         cache = {"cache_directory": str(tmp_path / "cache")}
         cluster.announced(record(1), record(2))
         first = cluster.open(**cache)
-        assert cluster.watched(first).become(1, 2, within=self.within)
+        assert cluster.watched(first).become(1, 2)
         assert eventually(lambda: list((tmp_path / "cache").glob("clock-*.json")), 10.0)
         first.close()
         server.stop()
@@ -361,7 +361,7 @@ class Outages:
         getattr(server, verb)()
         began = time.monotonic()
         registry.close()
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 5.0
 
 
 _numbers = itertools.count(1)

@@ -22,6 +22,7 @@ from typing import Any, Self
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from tests.processes import send
 from tests.registry.views import eventually
 
 from onehop.testing.chaos.cluster import free_port
@@ -86,7 +87,7 @@ class Server(ABC):
 
     def pause(self) -> None:
         assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
+        send(self.process, signal.SIGSTOP)
 
     def resume(self) -> None:
         assert self.process is not None
@@ -119,11 +120,11 @@ class Redis(Server):
         return ("redis-server", "--port", str(self.port), "--dir", str(self.directory), *common, *self.options)
 
     def client(self, **options: Any) -> redis.Redis:
-        return redis.Redis(port=self.port, socket_timeout=1.0, retry=Retry(NoBackoff(), 0), **options)
+        return redis.Redis(port=self.port, **{"socket_timeout": 10.0, "retry": Retry(NoBackoff(), 0), **options})
 
     def answers(self) -> bool:
         try:
-            with self.client() as client:
+            with self.client(socket_timeout=1.0) as client:
                 return bool(client.ping())
         except redis.AuthenticationError:
             return True

@@ -27,11 +27,12 @@ from onehop.interfaces import Record
 from onehop.registry import open_registry
 from onehop.registry.directory import HELLO_LIMIT, LONGEST_LEASE, SHORTEST_LEASE, WANTS_LIMIT, Directory, join, part
 from onehop.registry.hosts import HostsRegistry
+from onehop.registry.view import Cache
 from onehop.settings import Settings
 from onehop.testing.contracts import check_registry
 
 SOURCES = Path(__file__).parents[2] / "src"
-SHORT = 1.5  # seconds; a lease so short that a test may wait for some
+SHORT = 3.0  # seconds; a lease so short that a test may wait for some
 AT_ONCE = 3.0  # seconds; a takeover, and who was killed, take less than one where the machine is not busy otherwise
 
 _networks = count(random.randrange(200))
@@ -345,6 +346,7 @@ def test_a_holder_that_is_stopped_takes_nobody_with_it(site: Site) -> None:
     site.start(1, 12)
     views = site.watch(2)
     assert views.become(11, 12)
+    since = len(views.all) - 1
     holder.send(signal.SIGSTOP)
     try:
         assert views.become(12, within=SHORT + AT_ONCE), "who is silent for a lease is gone"
@@ -352,7 +354,7 @@ def test_a_holder_that_is_stopped_takes_nobody_with_it(site: Site) -> None:
     finally:
         holder.send(signal.SIGCONT)
     assert views.become(11, 12)
-    assert views.always_had(12, 1)
+    assert views.always_had(12, since)
 
 
 # --- who is away ---
@@ -404,6 +406,10 @@ class FakeDirectory:
                 self._connections.append(self._listener.accept()[0])
                 self._connections[-1].sendall(self.tells)
 
+    @property
+    def came(self) -> int:
+        return len(self._connections)
+
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
@@ -429,12 +435,12 @@ def test_a_node_that_vanishes_without_a_word_is_gone_after_a_lease(site: Site) -
     site.start_holder(1, 11)
     views, vanishes = site.watch(5), site.connect(1)
     said = {"type": "announce", "record": {"node": record(41).node, "host": "raw", "services": {"clock": ["a"]}}}
-    vanishes.sendall(hello("", lease=SHORT) + json.dumps(said).encode() + b"\n")
+    vanishes.sendall(hello("", lease=4.0) + json.dumps(said).encode() + b"\n")
     assert views.become(11, 41)
     for _ in range(4):
-        assert views.remain(11, 41, seconds=SHORT / 2)
+        assert views.remain(11, 41, seconds=1.2)
         vanishes.sendall(b"\n")
-    assert views.become(11, within=SHORT + AT_ONCE)
+    assert views.become(11, within=4.0 + AT_ONCE)
 
 
 def test_a_directory_that_speaks_something_else_is_named(site: Site, caplog: pytest.LogCaptureFixture) -> None:
@@ -486,6 +492,14 @@ def test_a_process_starts_from_the_disk_while_all_directories_are_away(site: Sit
     assert views.nodes == [11, 12]
     site.start(1, 13)
     assert views.become(13)
+
+
+def test_however_many_the_disk_knows_they_are_delivered_before_want_returns(site: Site) -> None:
+    Cache(site.settings(5), site.url).save("clock", [record(number) for number in range(5000)])
+    registry, views = site.open(5), Views()
+    registry.watch(views)
+    assert registry.want("clock", 10.0)
+    assert len(views.last) == 5000
 
 
 def test_who_does_not_wait_is_told_what_is_known(site: Site) -> None:
@@ -712,7 +726,9 @@ def test_who_is_impersonated_is_himself_again_at_once(site: Site) -> None:
     stranger = site.connect(1)
     forged = {"type": "announce", "record": {"node": record(41).node, "host": "forged", "services": {"clock": ["a"]}}}
     stranger.sendall(hello("") + json.dumps(forged).encode() + b"\n")
-    assert eventually(lambda: "forged" in [each[0].host for each in views.all if each])
+    with suppress(ConnectionResetError):  # it ends when he has come back; both may be seen in one view
+        while stranger.recv(65_536):
+            pass
     assert eventually(lambda: views.all[-1] and views.all[-1][0].host == "host-4", AT_ONCE)
     with suppress(OSError):
         stranger.sendall(b'{"type":"withdraw"}\n')
@@ -774,6 +790,8 @@ def test_a_port_that_is_held_by_something_else_is_named_and_taken_when_it_is_fre
     site.watch(1)
     where = f"port {site.port} at {site.address(1)} is held by something that is no directory"
     assert eventually(lambda: where in caplog.text)
+    before = other.came
+    assert eventually(lambda: other.came > before)  # another attempt; the next one comes a while after it
     other.close()
     assert eventually(lambda: site.is_held(1))
     assert caplog.text.count(where) == 1
@@ -800,7 +818,7 @@ def test_the_list_may_be_a_file_that_changes(site: Site, tmp_path: Path, caplog:
     assert registry.addresses == ((site.address(1), site.port),)
     registry.watch(views)
     registry.want("", 1.0)
-    assert 11 in views.nodes
+    assert eventually(lambda: 11 in views.nodes)
     write_hosts(path, one + two)
     assert views.become(11, 21)
     write_hosts(path, one + two.replace(f"port = {site.port}", 'port = "high"'))
@@ -906,6 +924,7 @@ print("done")
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("patched", ["early", "late"])
 def test_it_works_under_green_threads(site: Site, patched: str) -> None:
     pytest.importorskip("eventlet")

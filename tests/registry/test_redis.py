@@ -40,7 +40,7 @@ class TestRedis(Outages):
         views = cluster.watched()
         numbers = range(1, 21)
         cluster.announced(*map(record, numbers))
-        assert views.become(*numbers, within=self.within)
+        assert views.become(*numbers)
         mark = len(views.all)
         server.flush()
         assert cluster.watched().become(*numbers, within=self.expired + self.lease)
@@ -201,7 +201,7 @@ def test_a_server_without_memory_is_away_until_it_has_some(
 def test_who_was_announced_stays_where_memory_runs_out_and_connections_break(
     opened: Callable[..., LeasedRegistry], caplog: pytest.LogCaptureFixture
 ) -> None:
-    lease = 2.5 * RETURN_DELAY  # a third of it may be over when the connection breaks, and the way back takes so long
+    lease = 5 * RETURN_DELAY  # a third of it may be over when the connection breaks, and the way back takes so long
     with Redis("--maxmemory-policy", "noeviction") as server, server.client() as client:
         registry = opened(server.url(), lease)
         registry.announce(record(1))
@@ -265,7 +265,7 @@ def test_sentinels_name_the_new_primary_and_nobody_is_dropped(
 ) -> None:
     with Sentinels() as cluster:
         assert not opened(cluster.url().replace("main", "mian")).want("clock", 0.5)
-        assert "knows no primary called 'mian'" in caplog.text
+        assert eventually(lambda: "knows no primary called 'mian'" in caplog.text)
         views = watched(opened(cluster.url()))
         numbers = range(1, 6)
         for number in numbers:
@@ -354,7 +354,7 @@ def test_a_lost_message_is_noticed(server: Redis, opened: Callable[..., LeasedRe
     one.announce(record(1))
     assert views.become(1, within=5.0)
     server.garble("default", "clock", record(2).node, msgspec.json.encode(record(2)))  # counted, and told to nobody
-    assert views.become(1, 2, within=LEASE)
+    assert views.become(1, 2)
 
 
 def test_a_lost_message_is_noticed_by_the_next_one(server: Redis, opened: Callable[..., LeasedRegistry]) -> None:
@@ -364,8 +364,8 @@ def test_a_lost_message_is_noticed_by_the_next_one(server: Redis, opened: Callab
     assert views.become(1, within=5.0)
     server.garble("default", "clock", record(2).node, msgspec.json.encode(record(2)))
     one.announce(record(1, version="new"))
-    assert views.become(1, 2, within=LEASE)
-    assert views.last[0].version == "new"
+    assert views.become(1, 2)
+    assert eventually(lambda: views.last[0].version == "new")
 
 
 def test_subscriptions_that_are_cut_are_made_again(server: Redis, opened: Callable[..., LeasedRegistry]) -> None:
@@ -463,10 +463,10 @@ def test_a_change_says_what_happened(store: Make) -> None:
 def test_an_expiry_is_told_as_one_and_in_time(store: Make) -> None:
     (one, _), (other, told) = store(LEASE), store(LEASE)
     other.follow("clock")
-    one.publish(NODE, {"clock": b"value"})
     published = time.monotonic()
-    assert eventually(lambda: ("clock", NODE, None, False) in told.changes, 5.0)
-    assert LEASE * 0.9 < time.monotonic() - published < LEASE * 1.3 + 0.3
+    one.publish(NODE, {"clock": b"value"})
+    assert eventually(lambda: ("clock", NODE, None, False) in told.changes)
+    assert LEASE * 0.9 < time.monotonic() - published < LEASE * 1.3 + 2.0
     with pytest.raises(LeaseLost):
         one.keep()
 
@@ -563,6 +563,7 @@ def test_what_is_closed_gives_threads_and_descriptors_back(server: Redis, store:
 # --- green threads ---
 
 
+@pytest.mark.alone
 def test_it_works_where_threads_are_green(server: Redis, opened: Callable[..., LeasedRegistry]) -> None:
     pytest.importorskip("eventlet")
     opened(server.url()).announce(record(1))
@@ -605,4 +606,4 @@ def test_an_unreachable_server_is_named(
     port = free_port()
     with caplog.at_level(logging.WARNING):
         assert not opened(f"redis://127.0.0.1:{port}/").want("clock", 0.5)
-    assert f"the Redis server 127.0.0.1:{port} does not answer" in caplog.text
+    assert eventually(lambda: f"the Redis server 127.0.0.1:{port} does not answer" in caplog.text)

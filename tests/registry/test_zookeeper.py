@@ -32,6 +32,7 @@ from onehop.registry.zookeeper_connection import CONNECT_PATIENCE
 from onehop.settings import Settings
 
 LEASE = 1.0
+SHORT = 3.0  # seconds; a lease that outlasts a machine which is busy otherwise
 Eventually = Callable[..., None]
 
 
@@ -71,12 +72,12 @@ class Stores:
         self.server, self.realm = server, realm
         self.all: list[ZooKeeperStore] = []
 
-    def make(self, url: str = "", lease: float = LEASE) -> ZooKeeperStore:
+    def make(self, url: str = "", lease: float = 30.0) -> ZooKeeperStore:
         place = parse(url or self.server.url(), 2181, ("prefix", "tls", "ca", "cert", "key"))
         self.all.append(ZooKeeperStore(Settings(lease=lease, realm=self.realm), place))
         return self.all[-1]
 
-    def connected(self, url: str = "", lease: float = LEASE) -> tuple[ZooKeeperStore, Told]:
+    def connected(self, url: str = "", lease: float = 30.0) -> tuple[ZooKeeperStore, Told]:
         store, told = self.make(url, lease), Told()
         store.connect(told)
         return store, told
@@ -334,7 +335,7 @@ def test_a_node_of_our_last_session_is_replaced_and_its_end_takes_nothing_away(
     stores: Stores, eventually: Eventually
 ) -> None:
     follower, told = stores.connected()
-    publisher, _ = stores.connected()
+    publisher, _ = stores.connected(lease=SHORT)
     publisher.publish("n1", {"clock": b"1"})
     follower.follow("clock")
     publisher._connection.handler.cut()  # type: ignore[union-attr]
@@ -346,14 +347,14 @@ def test_a_node_of_our_last_session_is_replaced_and_its_end_takes_nothing_away(
     assert owner is not None
     assert owner[0] != last[0]
     with client(stores.server) as other:
-        eventually(lambda: f"{last[0]:#x}" not in stores.server.ask("cons") + stores.server.ask("dump"), 10 * LEASE)
+        eventually(lambda: f"{last[0]:#x}" not in stores.server.ask("cons") + stores.server.ask("dump"), 10 * SHORT)
         assert other.exists(stores.path("clock", "n1")).ephemeralOwner == owner[0]
     publisher.keep()
     assert all(value == b"1" for _, _, value, _ in told.changes), "it looked as if it had gone"
 
 
 def test_a_connection_that_breaks_goes_on_with_its_session(stores: Stores, eventually: Eventually) -> None:
-    publisher, told = stores.connected()
+    publisher, told = stores.connected(lease=SHORT)
     publisher.publish("n1", {"clock": b"1"})
     with client(stores.server) as other:
         before = other.exists(stores.path("clock", "n1"))
@@ -363,7 +364,7 @@ def test_a_connection_that_breaks_goes_on_with_its_session(stores: Stores, event
             publisher.keep()
         publisher.connect(Told())
         publisher.publish("n1", {"clock": b"1"})
-        time.sleep(2 * LEASE)  # its session would have ended by now
+        time.sleep(2 * SHORT)  # its session would have ended by now
         publisher.keep()
         assert other.exists(stores.path("clock", "n1")) == before
     assert len(told.broken) == 1
@@ -374,7 +375,7 @@ def test_a_session_that_was_ended_is_noticed_and_followed_by_another(stores: Sto
     publisher.publish("n1", {"clock": b"1"})
     with client(stores.server, client_id=publisher._session):
         pass  # it takes the session over, and ends it
-    eventually(lambda: told.broken, 5 * LEASE)
+    eventually(lambda: told.broken)
     ended = publisher._session
     publisher.connect(Told())
     assert publisher._session != ended
@@ -421,8 +422,9 @@ def _hang_up(store: ZooKeeperStore) -> None:
 # --- a server that is away ---
 
 
+@pytest.mark.alone
 def test_a_server_that_stands_still_is_noticed_within_a_lease(stores: Stores, eventually: Eventually) -> None:
-    store, told = stores.connected()
+    store, told = stores.connected(lease=LEASE)
     stores.server.pause()
     try:
         eventually(lambda: told.broken, LEASE + 0.5)
@@ -434,14 +436,15 @@ def test_a_server_that_stands_still_is_noticed_within_a_lease(stores: Stores, ev
         stores.server.resume()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("away", ["pause", "stop"])
-def test_closing_waits_a_second_at_most_and_leaves_no_thread(stores: Stores, away: str) -> None:
+def test_closing_waits_a_second_at_most_and_leaves_no_thread(stores: Stores, away: str, eventually: Eventually) -> None:
     store, _ = stores.connected(lease=10)
     getattr(stores.server, away)()
     began = time.monotonic()
     store.close()
     assert time.monotonic() - began < 1.5
-    assert "onehop-zookeeper" not in [each.name for each in threading.enumerate()]
+    eventually(lambda: "onehop-zookeeper" not in [each.name for each in threading.enumerate()])
     if away == "pause":
         stores.server.resume()
 
@@ -452,7 +455,7 @@ def test_an_address_that_never_answers_is_given_up(stores: Stores) -> None:
     with pytest.raises(StoreAway, match=r"192\.0\.2\.1"):
         store.connect(Told())
     store.close()
-    assert time.monotonic() - began < CONNECT_PATIENCE + 1
+    assert time.monotonic() - began < CONNECT_PATIENCE + 5
 
 
 def test_who_does_not_answer_is_named_with_the_reason(stores: Stores) -> None:
@@ -487,7 +490,7 @@ def test_what_kazoo_says_of_every_attempt_is_kept_out_of_logs(
 
 def test_a_lease_longer_than_asked_for_is_warned_of_once(realm: str, caplog: pytest.LogCaptureFixture) -> None:
     with ZooKeeper(["minSessionTimeout=5000"]) as slow:
-        store, _ = Stores(slow, realm).connected()
+        store, _ = Stores(slow, realm).connected(lease=LEASE)
         store.connect(Told())
         store.close()
     (warning,) = caplog.messages
@@ -636,7 +639,7 @@ def test_it_speaks_tls_with_servers_that_it_can_trust(realm: str, tmp_path: Path
 
 
 def test_a_forked_child_lets_go_without_a_word(stores: Stores) -> None:
-    publisher, told = stores.connected()
+    publisher, told = stores.connected(lease=SHORT)
     publisher.publish("n1", {"clock": b"1"})
     reader, writer = os.pipe()
     child = os.fork()
@@ -653,7 +656,7 @@ def test_a_forked_child_lets_go_without_a_word(stores: Stores) -> None:
     os.waitpid(child, 0)
     os.close(reader)
     os.close(writer)
-    time.sleep(2 * LEASE)  # a session that the child had disturbed would have ended by now
+    time.sleep(2 * SHORT)  # a session that the child had disturbed would have ended by now
     publisher.keep()
     assert not told.broken
     assert publisher.follow("clock") == {("clock", "n1"): b"1"}
@@ -686,6 +689,7 @@ assert gap < 0.5
 """
 
 
+@pytest.mark.alone
 def test_it_works_under_the_patch_of_eventlet(stores: Stores) -> None:
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", GREEN, stores.server.url(), stores.realm],

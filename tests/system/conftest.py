@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.processes import send
 
 PRELUDE = """
 import os, signal, sys, threading, time
@@ -39,7 +39,7 @@ class Program:
         return line.strip()
 
     def signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        send(self.process, number)
 
     def wait(self, within: float = 30.0) -> int:
         return self.process.wait(within)

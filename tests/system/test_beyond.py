@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import inf
+from typing import Any
 
 import pytest
 from tests.system.beyond import (
@@ -46,22 +47,40 @@ def test_a_server_announced_on_one_host_is_called_from_another_within_half_a_sec
     assert joins(hosts, registry, 15)["p50"] < 0.5
 
 
-def test_a_killed_server_costs_only_what_was_under_way(hosts, registry) -> None:
-    found = death(hosts, registry, power=False)
-    assert found["outcomes"].keys() <= IN_FLIGHT, found
-    assert found["outcomes"].get("PeerLost unknown", 0) <= 8, found
-    assert found["last one that suffered began after"] < 1.0, found
+def dies(make: Callable[..., Hosts], kind: str, *, power: bool, within: dict[str, float]) -> dict[str, Any]:
+    """What one of two servers costs that dies. Its times, ``within`` seconds, have other chances, as those of R18."""
+    for _ in range(TRIES):
+        hosts = make(4)
+        with Registry(kind, hosts) as registry:
+            found = death(hosts, registry, power=power)
+        assert found["outcomes"].keys() <= IN_FLIGHT, found
+        assert found["outcomes"].get("PeerLost unknown", 0) <= 8, found
+        late = {name: found[name] for name, limit in within.items() if found[name] >= limit}
+        if not late:
+            break
+        for each in hosts:
+            hosts.power_off(each)  # its programs end
+    assert not late, found
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_server_costs_only_what_was_under_way(onehop_hosts: Callable[..., Hosts], kind: str) -> None:
+    found = dies(onehop_hosts, kind, power=False, within={"last one that suffered began after": 1.0})
     assert found["by the other"] > 100
 
 
-def test_a_host_without_power_is_left_alone_and_found_again_under_its_new_address(hosts, registry) -> None:
-    found = death(hosts, registry, power=True)
-    assert found["outcomes"].keys() <= IN_FLIGHT, found
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_host_without_power_is_left_alone_and_found_again_under_its_new_address(
+    onehop_hosts: Callable[..., Hosts], kind: str
+) -> None:
     # Who waits there keeps the others away. All is sent elsewhere once it is known to be silent, after 4 s at most.
-    assert found["outcomes"].get("PeerLost unknown", 0) <= 8, found
-    assert found["last one that suffered began after"] < 4.0, found
-    assert found["last one that suffered ended after"] < 7.0, found
-    assert found["new address reached after"] < 3.0, found
+    within = {
+        "last one that suffered began after": 4.0,
+        "last one that suffered ended after": 7.0,
+        "new address reached after": 3.0,
+    }
+    found = dies(onehop_hosts, kind, power=True, within=within)
     assert found["meant for the old one ran at the new one"] == []
 
 

@@ -35,7 +35,7 @@ sys.stdin.read()
 
 CALLER = """
 import json
-node = onehop.Node(timeout=2.0, **json.loads(sys.argv[1]))
+node = onehop.Node(timeout=20.0, **json.loads(sys.argv[1]))
 lock, stop = threading.Lock(), threading.Event()
 failed, away, numbers, slowest = [], [], iter(range(1 << 60)), [0.0]
 

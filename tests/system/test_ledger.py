@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.processes import send
 
 from onehop.testing import ledger
 from onehop.testing.ledger import Ledger, Outage, Pendulum, Writer, read
@@ -217,7 +218,7 @@ def test_a_pendulum_tells_of_the_time_in_which_its_process_did_not_run(tmp_path:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "swings\n"
-    os.kill(process.pid, signal.SIGSTOP)
+    send(process, signal.SIGSTOP)
     threading.Event().wait(0.3)  # what is measured
     os.kill(process.pid, signal.SIGCONT)
     process.communicate("\n", timeout=20)
@@ -225,7 +226,10 @@ def test_a_pendulum_tells_of_the_time_in_which_its_process_did_not_run(tmp_path:
 
 
 def test_a_pendulum_ends_with_its_block(tmp_path: Path) -> None:
-    before = threading.active_count()
+    def swinging() -> int:
+        return [each.name for each in threading.enumerate()].count("pendulum")
+
+    before = swinging()
     with Pendulum(Writer(tmp_path, "caller")):
-        assert threading.active_count() == before + 1
-    assert threading.active_count() == before
+        assert swinging() == before + 1
+    assert swinging() == before

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import socket as net
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,11 +75,7 @@ class Limited:
 def limited(request: pytest.FixtureRequest, start: Callable[..., Any], tmp_path: Path, run_directory: str) -> Limited:
     if request.param == "in one host":
         return Limited(start, tmp_path / "log", {}, {})
-    ports: list[int] = []
-    while len(ports) < 2:
-        port = random.randrange(20_000, 32_000)  # below those of outgoing connections
-        with suppress(OSError), net.create_server(("127.0.0.1", port)):
-            ports.append(port)
+    ports = [free_port(), free_port()]
     shared = {
         "registry": f"hosts://127.0.0.1:{ports[0]},127.0.0.2:{ports[0]}/",
         "ports": f"{ports[1]}",

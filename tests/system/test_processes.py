@@ -40,7 +40,7 @@ def test_killed_server_leaves_no_caller_without_an_outcome(serve, make_node, bac
     for each in waiting:
         each.result(within=10)
     assert len(ended) == 200
-    assert max(moment for moment, _ in ended.values()) - killed < 1.0
+    assert max(moment for moment, _ in ended.values()) - killed < 4.0  # silence is known after 20
     assert Counter(outcome for _, outcome in ended.values()) == {"PeerLost unknown": 200}
     assert max(Counter(ledger.lines()).values()) == 1
     assert client.call("name") == "other"
@@ -141,7 +141,13 @@ def trace(frame, event, argument):
             terminate()
         return trace
 
-threading.Timer(0.2, terminate).start()
+def once_handled():
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    terminate()
+
+threading.Thread(target=once_handled, daemon=True).start()
 sys.settrace(trace)
 print("drained", node.run(), flush=True)
 """
@@ -193,7 +199,7 @@ def test_calls_to_a_stopped_process_end_in_time_and_their_late_replies_are_dropp
             with pytest.raises(CallTimeout) as caught:
                 each.result()
             assert caught.value.executed == "unknown"
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 3.0  # silence is known after 5
     finally:
         server.signal(signal.SIGCONT)
     assert client.options(timeout=10.0).call("name") == "a"
@@ -384,7 +390,7 @@ def test_handles_of_the_parent_do_nothing_to_it_in_the_child(make_node, backgrou
 # Many ---------------------------------------------------------------------------------------------
 
 
-def test_a_hundred_and_fifty_threads_share_one_client(serve, make_node, background) -> None:
+def test_a_hundred_and_fifty_threads_share_one_client(serve, make_node, background, eventually) -> None:
     for name in ("a", "b"):
         serve(name)
     calling = make_node()
@@ -396,7 +402,7 @@ def test_a_hundred_and_fifty_threads_share_one_client(serve, make_node, backgrou
         return [client.call("note", number) for number in numbers] == numbers
 
     assert all(each.result(within=40) for each in [background(work, thread) for thread in range(150)])
-    assert [peer.in_flight for peer in calling.statistics().peers] == [0, 0]
+    eventually(lambda: [peer.in_flight for peer in calling.statistics().peers] == [0, 0])
 
 
 def test_memory_and_descriptors_stay_flat_with_nodes_that_come_and_go(start) -> None:

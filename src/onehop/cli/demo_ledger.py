@@ -30,7 +30,7 @@ CALL_TIMEOUT = 5.0
 VERBS = ("call", "long", "cast", "fanout")
 CALLS = ("call", "long")
 OUTCOMES = ANSWERED, RAISED, REFUSED, UNKNOWN = "answered", "raised", "refused", "unknown"
-BEFORE_A_KILL, AFTER_A_KILL = 1.0, 0.5
+BEFORE_A_KILL, AFTER_A_KILL = 1.0, 1.0
 """Seconds around a kill in which a message may have been in the hands of the process that was killed."""
 AFTER_A_POWER_CUT = 8.0
 """Seconds, likewise, where the whole host went: nobody is told, and all notice by its silence, after 7 s at most."""

@@ -619,9 +619,7 @@ class _Watcher(Loop):
             self._changed.wait_for(lambda: not self._recalled, 1.0)
 
     def _take_recalled(self, now: float) -> None:
-        with self._changed:
-            recalled, self._recalled = self._recalled, []
-            self._changed.notify_all()
+        recalled = list(self._recalled)
         for record in recalled:
             known = self._remembered.known.get(record.node)
             services = {**(known.record.services if known else {}), **record.services}
@@ -630,6 +628,9 @@ class _Watcher(Loop):
             self._remembered.known[record.node] = _Known(whole, False, 0.0)
             self._remembered.doubtful[record.node] = now + GRACE
         self._settle({record.node for record in recalled})
+        with self._changed:  # now, and not before: who waits for it publishes what there is
+            del self._recalled[: len(recalled)]
+            self._changed.notify_all()
 
     def _save(self) -> None:
         self._saved = view = self._view

@@ -360,12 +360,15 @@ def _deliver_may_ask_for_a_refresh(place: _Place) -> None:
         registry.refresh()
         registry.want("", place.within)
 
-    threading.Thread(target=lambda: registry.watch(deliver), daemon=True).start()
+    watching = threading.Thread(target=lambda: registry.watch(deliver), daemon=True)
+    watching.start()
     place.announced(_record(1))
     deadline = time.monotonic() + place.within + 1.0
     while not (seen and len(seen[-1]) == 1):
         _expect(time.monotonic() < deadline, "refresh may be called inside deliver")
         time.sleep(0.005)
+    watching.join(place.within + 1.0)
+    _expect(not watching.is_alive(), "watch returns once it has delivered")
 
 
 def _many_join_at_once(place: _Place) -> None:

@@ -123,12 +123,21 @@ class Program:
         return lines[-1] if lines else "it said nothing"
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A port of this host at which nobody listens."""
+    """A port of this host at which nobody listens.
+
+    Never the same one twice in a process; nor one that a process beside is given, unless the numbers of the two differ
+    by a multiple of 16: a server that is away for a while has its port still when it comes back.
+    """
     while True:
-        port = random.choice(REGISTRY_PORTS)
+        port = random.choice(REGISTRY_PORTS[os.getpid() % 16 :: 16])
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 class Cluster:
