@@ -45,7 +45,11 @@ class Statistics(msgspec.Struct, frozen=True):
     """``"serving"``; ``"draining"``: it takes nothing new; ``"not serving"``: it offers nothing, or was drained."""
     peers: tuple[PeerStatistics, ...]
     outcomes: Mapping[str, int]
-    """How requests made here ended, where not well: error class name to number."""
+    """How requests made here ended, where not well: error class name to number.
+
+    Of what was begun (``start``), streamed or sent to many, the deadlines that came alone: what else became of each is
+    in its result or its receipt, for whoever asks.
+    """
     retried: int
     """Requests sent again because the first server had certainly not run them."""
     taken: int

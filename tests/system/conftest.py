@@ -41,6 +41,12 @@ class Program:
     def signal(self, number: signal.Signals) -> None:
         send(self.process, number)
 
+    def catches(self, number: signal.Signals) -> bool:
+        """Whether it has a handler for that signal by now."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+        return bool(caught & 1 << number - 1)
+
     def wait(self, within: float = 30.0) -> int:
         return self.process.wait(within)
 

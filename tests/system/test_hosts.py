@@ -341,7 +341,9 @@ def test_a_burst_arrives_whole(hosts: Hosts, sockets: ExitStack) -> None:
     assert [int(b.gets()) for _ in range(5000)] == list(range(5000))
 
 
-def test_attempts_to_connect_are_counted_by_who_and_to_whom(hosts: Hosts, sockets: ExitStack) -> None:
+def test_attempts_to_connect_are_counted_by_who_and_to_whom(
+    hosts: Hosts, sockets: ExitStack, eventually: Callable[..., None]
+) -> None:
     for _ in range(3):
         with hosts[1].inside(), pytest.raises(ConnectionRefusedError):
             socket.create_connection((hosts[0].address, PORT), PATIENCE)
@@ -349,14 +351,14 @@ def test_attempts_to_connect_are_counted_by_who_and_to_whom(hosts: Hosts, socket
         socket.create_connection((hosts[0].address6, PORT), PATIENCE)
     echo(hosts[1])
     connected(hosts[2], hosts[1], sockets)
-    assert hosts.attempts(to=hosts[0]) == 4
-    assert hosts.attempts(to=hosts[0], source=hosts[1]) == 3
-    assert hosts.attempts(source=hosts[2]) == 2
+    counted = hosts.attempts(to=hosts[0]), hosts.attempts(to=hosts[0], source=hosts[1]), hosts.attempts(source=hosts[2])
+    # The kernel asks again after a second: one more where the machine did something else for so long.
+    assert all(wanted <= found <= wanted + 1 for found, wanted in zip(counted, (4, 3, 2), strict=True)), counted
     assert hosts.attempts(source=hosts[0]) == 0
     hosts.power_off(hosts[0])
     with hosts[1].inside(), pytest.raises(TimeoutError):
         socket.create_connection((hosts[0].address, PORT), SILENCE)
-    assert hosts.attempts(to=hosts[0], source=hosts[1]) > 3
+    eventually(lambda: hosts.attempts(to=hosts[0], source=hosts[1]) > counted[1])
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_sigterm_leaves_no_accepted_call_without_an_answer(serve, make_node, bac
     server = serve("a", 4)
     client = make_node().client("clock", timeout=30.0)
     calls = [client.start("note", number, 0.02) for number in range(100)]
-    eventually(lambda: len(ledger.lines()) >= 4)
+    eventually(lambda: len(ledger.lines()) >= 4 and server.catches(signal.SIGTERM))
     server.signal(signal.SIGTERM)
     answered, refused = [], set()
     for number, call in enumerate(calls):

@@ -79,7 +79,8 @@ for line in sys.stdin:
     receipts = node.fanout("wide", "take", "x" * 2000)
     seconds = time.monotonic() - began
     say(
-        seconds=seconds, held=held[0], cpu=time.process_time() - cpu, taken=sum(each.outcome == "taken" for each in receipts),
+        seconds=seconds, held=held[0], cpu=time.process_time() - cpu,
+        taken=sum(each.outcome == "taken" for each in receipts),
         others=sorted(each.server for each in receipts if each.outcome != "taken"),
         reasons=sorted({each.reason.split(": ")[-1] for each in receipts if each.outcome != "taken"})[:3],
     )
@@ -91,7 +92,8 @@ def wide(hosts: Hosts, registry: Registry, receivers: int, processes: int = 8) -
 
     Returns:
         For "nobody" and each way: seconds until all receipts were there, for how long at once the machine held the
-        origin up meanwhile, its CPU seconds, how many took it, whether those who did not are named and are the dead ones.
+        origin up meanwhile, its CPU seconds, how many took it, whether those who did not are named and are the dead
+        ones.
     """
     alive = receivers - DEAD
     shares = [alive // processes + (number < alive % processes) for number in range(processes)]
