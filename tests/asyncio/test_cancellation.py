@@ -91,9 +91,19 @@ async def test_timeout_of_asyncio_around_a_call_cancels_it(node, until) -> None:
     slow, serving, calling = Slow(), node(), node()
     await serving.serve("slow", slow)
     await calling.call("slow", "read")
-    with pytest.raises(TimeoutError) as caught:
-        async with asyncio.timeout(0.1):
+
+    async def call_for_a_time() -> None:
+        async with asyncio.timeout(60) as limit, asyncio.TaskGroup() as beside:
+
+            async def end() -> None:
+                await slow.entered.wait()
+                limit.reschedule(asyncio.get_running_loop().time())
+
+            beside.create_task(end())
             await calling.call("slow", "wait")
+
+    with pytest.raises(TimeoutError) as caught:
+        await call_for_a_time()
     assert not isinstance(caught.value, CallTimeout)
     await until(lambda: slow.heard == ["cancelled"])
     assert in_flight(calling) == 0
@@ -102,8 +112,9 @@ async def test_timeout_of_asyncio_around_a_call_cancels_it(node, until) -> None:
 async def test_deadline_cancels_the_handler_too(node, until) -> None:
     slow, serving, calling = Slow(), node(), node()
     await serving.serve("slow", slow)
+    await calling.call("slow", "read")
     with pytest.raises(CallTimeout) as caught:
-        await calling.client("slow", timeout=0.3).call("wait")
+        await calling.client("slow", timeout=0.5).call("wait")
     assert caught.value.executed == "unknown"
     await until(lambda: slow.heard == ["cancelled"])
 

@@ -70,7 +70,11 @@ async def test_coroutines_run_side_by_side_without_workers(node) -> None:
 
 
 async def test_first_use_by_many_tasks_at_once_opens_one_link(node) -> None:
+    calls = 0
+
     async def double(value: int) -> int:
+        nonlocal calls
+        calls += 1
         return 2 * value
 
     serving, calling = node(), node()
@@ -78,7 +82,7 @@ async def test_first_use_by_many_tasks_at_once_opens_one_link(node) -> None:
     told = await asyncio.gather(*(calling.call("clock", "double", number) for number in range(400)))
     assert told == [2 * number for number in range(400)]
     assert len(calling.statistics().peers) == 1
-    assert calling.statistics().peers[0].sent == 400
+    assert calls == 400
 
 
 async def test_handler_knows_its_request_and_calls_end_with_it(node) -> None:
@@ -102,10 +106,13 @@ async def test_handler_knows_its_request_and_calls_end_with_it(node) -> None:
     await middle.serve("middle", {"relay": relay}, server="a")
     calling = node()
     await calling.wait_for("middle")
+    client = calling.client("middle", timeout=0.5)
+    await client.options(timeout=20.0).ping()
     with pytest.raises((CallTimeout, RemoteError)):
-        await calling.client("middle", timeout=0.5).call("relay")
-    while len(seen) < 2:
-        await asyncio.sleep(0.01)
+        await client.call("relay")
+    async with asyncio.timeout(20):
+        while len(seen) < 2:
+            await asyncio.sleep(0.01)
     assert seen[0] == ("middle", "a", "relay", calling.id)
     assert seen[1] < 2.0
     assert onehop.current() is None
@@ -126,7 +133,9 @@ async def test_what_a_handler_leaves_running_is_not_bound_by_its_deadline(node) 
 
     await node().serve("clock", {"read": read})
     await middle.serve("middle", {"begin": begin})
-    await node().client("middle", timeout=0.5).call("begin")
+    client = node().client("middle", timeout=0.5)
+    await client.options(timeout=20.0).ping()
+    await client.call("begin")
     assert await later[0] == 5
 
 

@@ -88,7 +88,7 @@ async def test_kill_of_the_server_gives_every_call_its_outcome_at_once(zmq_node,
     began = time.monotonic()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {PeerLost}
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 5.0
     assert sum(peer.in_flight for peer in calling.statistics().peers) == 0
 
 

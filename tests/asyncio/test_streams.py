@@ -232,7 +232,9 @@ async def test_stream_ends_at_its_deadline_and_so_does_its_handler(node) -> None
             counter.ended.set()
 
     await node().serve("clock", {"silent": silent})
-    stream = node().client("clock", timeout=0.4).stream("silent")
+    client = node().client("clock", timeout=0.5)
+    await client.options(timeout=20.0).ping()
+    stream = client.stream("silent")
     assert await anext(stream) == 1
     with pytest.raises(CallTimeout):
         await anext(stream)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from onehop import Node
+from onehop import CallTimeout, Node
 from onehop.testing.memory import Network
 
 
@@ -78,3 +79,26 @@ def gate() -> Gate:
     gate = Gate()
     yield gate  # type: ignore[misc]
     gate.open.set()
+
+
+@pytest.fixture
+def stays_alive(gate: Gate, background: Any) -> Callable[[Callable[[], Any], Callable[[], Any], float], Any]:
+    """``stays_alive(begin, entered, seconds)``: what becomes of ``begin()`` when the gate opens after that time.
+
+    The time is several times its monitor's patience. It has three chances: where the machine stands still for about
+    that patience, no sign of life comes in time.
+    """
+
+    def begun(begin: Callable[[], Any], entered: Callable[[], Any], seconds: float) -> Any:
+        for _ in range(3):
+            under_way = background(begin)
+            entered()
+            gate.open.wait(seconds)
+            if not under_way.ended:
+                gate.open.set()
+                return under_way.result()
+            with suppress(CallTimeout):
+                under_way.result()
+        raise AssertionError("the signs of life of its server did not keep it alive")
+
+    return begun

@@ -139,14 +139,16 @@ def test_who_lets_one_call_after_the_other_time_out_is_not_asked_for_a_while(nod
     slow, well, calling = node(), node(), node()
     slow.serve("clock", {"read": gate.hold}, server="slow", workers=16)
     well.serve("clock", {"read": lambda: "well"}, server="well")
-    client = calling.client("clock", timeout=0.3)
+    client = calling.client("clock", timeout=0.5)
     calling.wait_for("clock", count=2)
+    assert len(client.options(timeout=20.0).ping()) == 2
     outcomes: Counter[str] = Counter()
-    for _ in range(40):
-        try:
-            outcomes[client.call("read")] += 1
-        except CallTimeout as error:
-            outcomes[error.executed] += 1
+    while outcomes["unknown"] + outcomes["well"] < 40:
+        with contextlib.suppress(Rejected):  # where the machine held a call up, it expired before it ran
+            try:
+                outcomes[client.call("read")] += 1
+            except CallTimeout as error:
+                outcomes[error.executed] += 1
     assert outcomes["unknown"] == 5
     assert outcomes["well"] == 35
     assert state_of(calling, slow) == "stalled"
@@ -160,7 +162,7 @@ def test_calls_made_in_handlers_with_little_time_left_do_not_make_a_server_stall
     asking = calling.client("desk", timeout=5.0)
     assert asking.call("ask", "read") == "well"
     for _ in range(2 * TIMEOUTS):
-        with pytest.raises((CallTimeout, RemoteError)):  # whichever of the two is told first
+        with pytest.raises((CallTimeout, RemoteError, Rejected)):  # whichever is told first; or it was not begun
             asking.options(timeout=SHORTEST / 2).call("ask", "hold")
     assert state_of(between, behind) == "ready"
     gate.open.set()
@@ -176,6 +178,7 @@ def test_streams_that_reach_their_deadline_while_items_come_do_not_make_a_server
 
     serving.serve("clock", {"ticks": ticks}, workers=16)
     client = calling.client("clock", timeout=2 * SHORTEST)
+    client.options(timeout=20.0).ping()
 
     def read() -> None:
         with pytest.raises(CallTimeout):
@@ -219,7 +222,9 @@ def test_stream_cut_by_its_deadline_while_its_server_drains_is_not_told_that_it_
 ) -> None:
     serving, calling = in_memory(), in_memory()
     serving.serve("clock", {"count": lambda: iter(range(1_000))})
-    stream = iter(calling.client("clock", timeout=0.5).stream("count"))
+    client = calling.client("clock", timeout=0.5)
+    client.options(timeout=20.0).ping()
+    stream = iter(client.stream("count"))
     assert next(stream) == 0
     assert background(serving.drain, 20.0).result(10.0)
     with pytest.raises(CallError) as caught:
@@ -308,7 +313,7 @@ def test_a_call_that_was_taken_out_of_its_table_and_got_no_outcome_ends_with_its
     with pytest.raises(CallError) as caught:
         call.result(within=5.0)
     assert caught.value.executed == "unknown"
-    assert 2.0 <= time.monotonic() - began < 3.0
+    assert 2.0 <= time.monotonic() - began < 5.0
 
 
 def test_many_calls_and_casts_go_on_over_one_new_connection(in_memory, network, gate, background, eventually) -> None:
@@ -380,7 +385,7 @@ def test_one_who_asks_a_thousand_times_does_not_keep_another_waiting(node, backg
     eventually(lambda: serving.statistics().taken == 300, 20.0)
     quiet = background(calling.client("clock", timeout=60.0).call, "work", "quiet")
     eventually(lambda: serving.statistics().taken == 301, 20.0)
-    assert serving.statistics().waiting == 300
+    eventually(lambda: serving.statistics().waiting == 300)  # taken in, and in its queue a moment later
     gate.set()
     quiet.result()
     for each in flood:

@@ -77,7 +77,7 @@ def test_cast_that_was_taken_in_runs_however_long_it_waits(node, gate) -> None:
     calling = node()
     calling.cast("clock", "hold")
     gate.wait_entered()
-    client = calling.client("clock", timeout=0.5)
+    client = calling.client("clock", timeout=1.0)
     client.cast("note", 1)
     with pytest.raises(CallTimeout):
         client.call("note", 2)  # which shows that their time has passed
@@ -96,6 +96,7 @@ def test_calls_made_for_a_cast_have_their_own_time(node, gate) -> None:
 
     relaying.serve("relay", {"relay": relay})
     calling = node()
+    calling.client("relay", timeout=20.0).ping()
     calling.client("relay", timeout=1.0).cast("relay")
     gate.wait_entered()
     with pytest.raises(CallTimeout):
@@ -139,7 +140,7 @@ def test_cast_whose_handler_fails_is_logged_and_counted(node, caplog, eventually
         eventually(lambda: serving.statistics().dropped.get("casts whose handler raised") == 1)
     assert "the handler of cast 'fail' of service 'clock' raised" in caplog.text
     assert "a will not" in caplog.text
-    assert serving.statistics().taken == 0
+    eventually(lambda: serving.statistics().taken == 0)
 
 
 def test_cast_that_nobody_takes_is_an_error(node) -> None:
@@ -324,6 +325,8 @@ def test_fanout_of_a_large_body_and_of_many_at_once_reach_everybody(three, backg
     calling, ledgers, _nodes = three
     large = "x" * 200_000
     assert [receipt.outcome for receipt in calling.fanout("clock", "note", large)] == ["taken"] * 3
+    for ledger in ledgers:
+        ledger.wait(1)  # taken is not run
 
     def fan_out(first: int) -> list[str]:
         return [each.outcome for number in range(50) for each in calling.fanout("clock", "note", first + number)]
@@ -381,25 +384,26 @@ def test_gather_keeps_partial_results_at_the_deadline(node, gate) -> None:
     node().serve("clock", {"read": lambda: 1}, server="quick")
     calling = node()
     assert calling.wait_for("clock", count=2, timeout=5.0)
+    client = calling.client("clock", timeout=0.5)
+    client.options(timeout=20.0).ping()
     began = time.monotonic()
-    gathered = calling.client("clock", timeout=0.5).gather("read")
-    assert time.monotonic() - began < 1.5
+    gathered = client.gather("read")
+    assert time.monotonic() - began < 5
     assert list(gathered.replies.values()) == [1]
     assert gathered.missing == [("slow", slow.id)]
     assert gathered.errors["slow", slow.id].executed == "unknown"  # type: ignore[attr-defined]
 
 
-def test_gather_with_a_monitor_hears_that_slow_servers_live(node, gate) -> None:
+def test_gather_with_a_monitor_hears_that_slow_servers_live(node, gate, stays_alive) -> None:
     for name in ("a", "b"):
         node().serve("clock", gate, server=name)
     calling = node()
-    client = calling.client("clock", monitor=0.2, timeout=20.0)
+    client = calling.client("clock", monitor=0.3, timeout=20.0)
     assert calling.wait_for("clock", count=2, timeout=5.0)
-    assert len(client.ping()) == len(client.gather("read").replies) == 2
-    opener = threading.Thread(target=lambda: (gate.wait_entered(2), time.sleep(0.6), gate.open.set()))
-    opener.start()
-    assert len(client.gather("hold").replies) == 2
-    opener.join()
+    patient = client.options(monitor=None)
+    assert len(patient.ping()) == len(patient.gather("read").replies) == 2
+    gathered = stays_alive(lambda: client.gather("hold"), lambda: gate.wait_entered(2), 0.9)
+    assert len(gathered.replies) == 2
 
 
 def test_gather_runs_side_by_side(node, gate) -> None:
@@ -431,11 +435,11 @@ def test_server_that_dies_during_a_gather_is_missing(node, gate, background) -> 
 
 def test_ping_tells_the_time_to_every_server(three) -> None:
     calling, _ledgers, _nodes = three
-    receipts = calling.ping("clock")
+    receipts = calling.ping("clock", timeout=10.0)
     assert sorted((receipt.server, receipt.outcome) for receipt in receipts) == [
         ("a", "taken"), ("b", "taken"), ("c", "taken"),
     ]  # fmt: skip
-    assert all(0 < receipt.seconds < 1 for receipt in receipts)
+    assert all(0 < receipt.seconds < 10 for receipt in receipts)
 
 
 def test_ping_is_answered_while_every_worker_is_busy(node, gate) -> None:

@@ -279,7 +279,9 @@ def test_large_requests_wait_for_room_in_the_window_and_are_refused_when_there_i
     assert len(waiting.result()) == 150_000
 
 
-def test_a_request_that_fails_leaves_nothing_for_the_collector_of_garbage(make_node, gate, background) -> None:
+def test_a_request_that_fails_leaves_nothing_for_the_collector_of_garbage(
+    make_node, gate, background, eventually
+) -> None:
     serving, calling = make_node(inbox_messages=1), make_node()
     serving.serve("clock", gate)
     client = calling.client("clock", ready_timeout=0.0)
@@ -293,8 +295,8 @@ def test_a_request_that_fails_leaves_nothing_for_the_collector_of_garbage(make_n
                 client.call("hold", b"x" * 1_000)
             with pytest.raises(NoRoute):
                 calling.client("nobody", ready_timeout=0.0).call("hold")
-        alive = [error for error in gc.get_objects() if isinstance(error, CallError)]
-        assert alive == []
+        # The thread of a loop may hold the last one for a moment.
+        eventually(lambda: not [error for error in gc.get_objects() if isinstance(error, CallError)])
     finally:
         gc.enable()
     gate.open.set()

@@ -32,16 +32,23 @@ from onehop import (
 
 def test_constructors_do_nothing(node, run_directory: str) -> None:
     gc.collect()  # what earlier tests left is not to go meanwhile
-    before = (threading.enumerate(), len(os.listdir("/proc/self/fd")), os.listdir(run_directory))
+    threads, descriptors = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    files = os.listdir(run_directory)
+
+    def check() -> None:
+        assert set(threading.enumerate()) <= threads
+        assert len(os.listdir("/proc/self/fd")) <= descriptors
+        assert os.listdir(run_directory) == files
+
     one = node()
     client = one.client("clock", timeout=5.0).at("a")
     assert client.proxy is not None
     assert "clock" in repr(client)
     one.on_change(lambda: None)
-    assert (threading.enumerate(), len(os.listdir("/proc/self/fd")), os.listdir(run_directory)) == before
+    check()
     assert repr(one).endswith("not used yet>")
     one.close()
-    assert (threading.enumerate(), len(os.listdir("/proc/self/fd")), os.listdir(run_directory)) == before
+    check()
 
 
 def test_import_loads_nothing_heavy() -> None:
@@ -69,7 +76,7 @@ def test_everything_is_given_back_at_close(face, run_directory: str, eventually)
         use()
     eventually(lambda: threading.active_count() <= threads)
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= open_files
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= open_files)
     assert [name for name in os.listdir(run_directory) if name.endswith(".sock")] == []
 
 
@@ -204,8 +211,8 @@ def test_close_ends_the_calls_of_other_threads_at_once(node, gate, background) -
     calling.close()
     for each in (*calls, *streams):
         with pytest.raises(PeerLost, match="this node was closed"):
-            each.result(within=2.0)
-    assert time.monotonic() - began < 2.0
+            each.result(within=5.0)
+    assert time.monotonic() - began < 5.0
 
 
 def test_close_ends_who_waits_for_a_server(node, background, eventually) -> None:
@@ -291,13 +298,13 @@ def test_unknown_registry_is_one_sentence_at_the_first_use(make_node, registry) 
 
 
 def test_check_says_what_is_wrong_with_the_registry_and_touches_nothing(make_node, run_directory: str) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for right in ("local", "redis://127.0.0.1:1/"):
         make_node(registry=right).check()
     for wrong, problem in (("nowhere://host", "it must be"), ("redis://", "no server"), ("redis://h/?db=x", "db is")):
         with pytest.raises(SettingsError, match=problem):
             make_node(registry=wrong).check()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     assert not list(Path(run_directory).iterdir())
 
 
@@ -376,9 +383,8 @@ import onehop
 
 entered = threading.Event()
 serving, calling = onehop.Node(), onehop.Node()
-serving.serve("slow", {"hold": lambda: entered.wait(30)})
+serving.serve("slow", {"hold": lambda: (signal.setitimer(signal.ITIMER_REAL, 0.3), entered.wait(30))})
 signal.signal(signal.SIGALRM, lambda *_: calling.close())
-signal.setitimer(signal.ITIMER_REAL, 0.3)
 began = time.monotonic()
 try:
     calling.call("slow", "hold")

@@ -175,17 +175,20 @@ def test_stream_ends_at_its_deadline(node, gate) -> None:
 
     node().serve("clock", {"wait": wait})
     client = node().client("clock", timeout=0.5)
+    client.options(timeout=20.0).ping()
     stream = client.stream("wait")
     began = time.monotonic()
     assert next(stream) == 1
     with pytest.raises(CallTimeout):
         next(stream)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 5
 
 
 def test_stream_cut_by_its_deadline_never_looks_complete(node, counter) -> None:
     node().serve("clock", counter)
-    stream = node().client("clock", timeout=0.3).stream("count", 200)
+    client = node().client("clock", timeout=0.5)
+    client.options(timeout=20.0).ping()
+    stream = client.stream("count", 200)
     assert next(stream) == 0
     assert counter.ended.wait(5.0)  # the server gave up: its reader did not come in time
     with pytest.raises(CallTimeout):
@@ -193,18 +196,15 @@ def test_stream_cut_by_its_deadline_never_looks_complete(node, counter) -> None:
             pass
 
 
-def test_monitored_stream_stays_while_the_server_lives(node, gate, background) -> None:
+def test_monitored_stream_stays_while_the_server_lives(node, gate, stays_alive) -> None:
     def wait() -> Iterator[int]:
         yield 1
         gate.hold()
         yield 2
 
     node().serve("clock", {"wait": wait})
-    reading = background(list, node().client("clock", timeout=30.0, monitor=0.4).stream("wait"))
-    gate.wait_entered()
-    assert not gate.open.wait(1.2)
-    gate.open.set()
-    assert reading.result() == [1, 2]
+    client = node().client("clock", timeout=30.0, monitor=0.4)
+    assert stays_alive(lambda: list(client.stream("wait")), gate.wait_entered, 1.2) == [1, 2]
 
 
 def test_missing_method_of_a_stream_is_told(node, counter) -> None:

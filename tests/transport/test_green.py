@@ -10,8 +10,9 @@ import pytest
 
 USE = """
 def use(node, own):
+    given_up = threading.Event()
     own.serve("inner", {"echo": lambda value: value, "count": lambda items: iter(range(items)),
-                        "note": taken.append, "slow": lambda: time.sleep(0.3)})
+                        "note": taken.append, "slow": lambda: time.sleep(0.3), "held": lambda: given_up.wait(20)})
     client = node.client("inner", timeout=20.0)
     assert client.call("echo", 5) == 5
     client.cast("note", 1)
@@ -27,10 +28,10 @@ def use(node, own):
     [thread.join() for thread in threads]
     assert sorted(results) == [[[n, i] for i in range(50)] for n in range(8)], results
     try:
-        client.options(timeout=0.1).call("slow")
+        client.options(timeout=0.1).call("held")
         raise AssertionError("no timeout")
     except onehop.CallTimeout:
-        pass
+        given_up.set()
     listener = own.listen("polled")
     answering = threading.Thread(target=lambda: [listener.poll(timeout=10)[0].reply_raw(b"\\x05") for _ in range(20)])
     answering.start()

@@ -18,7 +18,7 @@ from onehop.protocol import wire
 from onehop.protocol.inbox import Request
 from onehop.transport.inbound import BATCH, CALM, HELD_UP
 from onehop.transport.queue import LENT, TOGETHER, Queue
-from onehop.transport.waiting import new_lock
+from onehop.transport.waiting import acquire, new_lock
 
 SOON = 2.0
 FAR = 30.0
@@ -58,7 +58,7 @@ def test_taker_whose_time_is_up_gets_nothing(inbound_bench: InboundBench) -> Non
     queue = inbound_bench.offer("clock")
     began = time.monotonic()
     assert inbound_bench.inbound.take(queue, began + 0.1) is None
-    assert 0.09 < time.monotonic() - began < 1.1
+    assert 0.09 < time.monotonic() - began < 5
 
 
 def test_request_that_comes_to_its_queue_after_that_was_closed_is_refused(inbound_bench: InboundBench) -> None:
@@ -87,14 +87,16 @@ def test_interrupt_leaves_nobody_to_be_woken_in_the_place_of_one_who_waits(inbou
     lock.acquire()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        if frame is not None and frame.f_code is acquire.__code__:  # while it waits, and not before or after
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
         with pytest.raises(KeyboardInterrupt):
-            queue.wait(lock, SOON)
+            queue.wait(lock, FAR)
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not queue.idle
 
@@ -115,7 +117,7 @@ def test_leader_wakes_the_taker_of_another_queue(inbound_bench: InboundBench, ba
 @pytest.mark.parametrize("how", ["request", "timeout", "stop"])
 def test_leader_that_leaves_hands_the_lead_on(inbound_bench: InboundBench, background, eventually, how: str) -> None:
     first, second = inbound_bench.offer("clock"), inbound_bench.offer("alarm")
-    leading = background(inbound_bench.inbound.take, first, far() if how != "timeout" else time.monotonic() + 0.3)
+    leading = background(inbound_bench.inbound.take, first, far() if how != "timeout" else time.monotonic() + SOON)
     eventually(inbound_bench.inbound._lead.locked)
     following = background(inbound_bench.inbound.take, second, far())
     eventually(lambda: second.idle)
@@ -124,7 +126,7 @@ def test_leader_that_leaves_hands_the_lead_on(inbound_bench: InboundBench, backg
     elif how == "stop":
         first.stop()
         inbound_bench.inbound.interrupt()
-    assert (leading.result(SOON) is not None) == (how == "request")
+    assert (leading.result(2 * SOON) is not None) == (how == "request")
     eventually(inbound_bench.inbound._lead.locked)
     take_in(inbound_bench, "alarm")
     assert following.result(SOON).service == "alarm"
@@ -502,10 +504,17 @@ def test_answers_of_quick_requests_are_kept_back_together_and_never_too_many(
     make_work: Callable[[int], Work], eventually
 ) -> None:
     work = make_work(1)
-    work.ask(*["quick"] * 60)
-    eventually(lambda: work.answered(60))
-    kept = [number - sent for number, sent in enumerate(work.sent)]
-    assert 0 < max(kept) < TOGETHER
+
+    def some_were_kept() -> bool:  # none, where the worker was so late that nobody counts on it any more
+        for record in (work.bench.socket.sent, work.ran, work.sent):
+            record.clear()
+        work.ask(*["quick"] * 60)
+        eventually(lambda: work.answered(60))
+        kept = [number - sent for number, sent in enumerate(work.sent)]
+        assert max(kept) < TOGETHER
+        return max(kept) > 0
+
+    eventually(some_were_kept)
 
 
 def test_answers_kept_back_leave_before_a_slow_method_begins(make_work: Callable[[int], Work], eventually) -> None:
@@ -533,19 +542,23 @@ def test_answer_of_the_last_request_leaves_at_once(work: Work, eventually) -> No
 def test_worker_outlives_what_breaks_when_it_sends_and_looks(inbound_bench: InboundBench, eventually) -> None:
     bench = inbound_bench
     threads: list[int] = []
+    looked = threading.Event()
 
     def fail() -> None:
         raise OSError(errno.ENOMEM, "no memory")
 
     def run(request: Request) -> None:
+        assert looked.wait(SOON)  # or the look that brought it would be the one that breaks
         threads.append(threading.get_ident())
         bench.socket.looks.append(fail)
         bench.inbound.put(request, answer_of(request))
 
     bench.offer("clock", Queue(run, 1, ["read"]))
     for number in range(3):
+        looked.clear()
         take_in(bench, "clock")
         bench.inbound.look(time.monotonic())
+        looked.set()
         eventually(lambda number=number: bench.inbound.counts["rounds of receiving that broke"] == number + 1)
     eventually(lambda: bench.kinds_sent() == [wire.REPLY] * 3)
     assert len(set(threads)) == 1
@@ -597,7 +610,7 @@ def test_workers_end_when_their_queue_is_stopped_and_run_what_is_left_first(work
     workers = [thread for thread in threading.enumerate() if thread.ident in work.threads]
     work.queue.stop()
     eventually(lambda: not any(thread.is_alive() for thread in workers))
-    assert work.answered(32)
+    eventually(lambda: work.answered(32))  # the last one may be in the hands of the receiver
     assert not work.queue.tasks
 
 
@@ -619,8 +632,9 @@ def test_interrupt_in_the_midst_of_a_batch_loses_the_message_in_hand_and_no_othe
         bench.arrive(frame, Interrupted(b"\0conn") if number == 2 else b"\0conn")
     with pytest.raises(KeyboardInterrupt):
         bench.inbound.look(time.monotonic())
-    taken = [bench.inbound.take(queue, time.monotonic() + 0.2) for _ in range(5)]
+    taken = [bench.inbound.take(queue, far()) for _ in range(4)]
     assert [request.id for request in taken if request is not None] == [1, 2, 4, 5]
+    assert bench.inbound.take(queue, time.monotonic() + 0.2) is None
 
 
 def test_interrupt_behind_a_look_loses_no_message_of_it(inbound_bench: InboundBench) -> None:
@@ -635,7 +649,7 @@ def test_interrupt_behind_a_look_loses_no_message_of_it(inbound_bench: InboundBe
     bench.socket.found.append(interrupt)
     with pytest.raises(KeyboardInterrupt):
         bench.inbound.look(time.monotonic())
-    taken = [bench.inbound.take(queue, time.monotonic() + 0.2) for _ in range(5)]
+    taken = [bench.inbound.take(queue, far()) for _ in range(5)]
     assert [request.id for request in taken if request is not None] == [1, 2, 3, 4, 5]
 
 
@@ -882,7 +896,9 @@ def test_receiver_outlives_a_run_that_raises_beside_its_answer(lending: Lending)
     def asked() -> bool:
         taken, answered = len(lending.ran), len(bench.socket.sent)
         lending.ask()
-        lending.eventually(lambda: len(bench.socket.sent) > answered or not bench.inbox.taken)
+        lending.eventually(
+            lambda: len(bench.socket.sent) > answered or (len(lending.ran) > taken and not bench.inbox.taken)
+        )
         return "onehop-receiver" in lending.ran[taken:]
 
     lending.eventually(asked)
@@ -921,8 +937,14 @@ def test_queue_stops_and_socket_closes_from_within_a_lent_run(lending: Lending, 
                 assert lending.bench.inbound.close(0.0)
                 done.append("closed")
 
+    def asked() -> bool:  # one after the other: two that meet are left to the workers
+        answered = len(lending.bench.socket.sent)
+        lending.ask()
+        lending.eventually(lambda: bool(done) or len(lending.bench.socket.sent) > answered)
+        return bool(done)
+
     lending.within = end
-    lending.eventually(lambda: bool(done) or lending.ask() or False)
+    lending.eventually(asked)
     if what == "stop":
         assert lending.bench.inbound.close(0.0)
     else:

@@ -45,10 +45,10 @@ def waiter(bench: LinkBench, background, within: float = FAR):  # type: ignore[n
 
 def test_lone_caller_sends_and_receives_by_itself(bench: LinkBench) -> None:
     call, frame = bench.begin()
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     bench.socket.arrived.append(reply_to(call))
     assert exchange(bench, call, frame)
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     assert (call.outcome, bytes(call.body), call.sent) == (REPLIED, b"reply", True)
     assert bench.socket.sent == [frame]
 
@@ -112,14 +112,14 @@ def test_follower_is_woken_by_the_leader_who_reads_its_reply(bench: LinkBench, b
 
 @pytest.mark.parametrize("how", ["reply", "timeout"])
 def test_leader_that_leaves_hands_the_lead_on(bench: LinkBench, background, eventually, how: str) -> None:
-    first, leading = waiter(bench, background, within=FAR if how == "reply" else 0.2)
+    first, leading = waiter(bench, background, within=FAR if how == "reply" else SOON)
     eventually(lambda: polls(bench))
     others = [waiter(bench, background) for _ in range(3)]
     eventually(lambda: all(call.waiter is not None for call, _ in others) or how == "timeout")
     if how == "reply":
         bench.socket.arrived.append(reply_to(first))
         bench.socket.signal()
-    assert leading.result(SOON) is (how == "reply")
+    assert leading.result(2 * SOON) is (how == "reply")
     for call, waiting in others:  # each in turn: whoever leads must look when the edge comes, and hand on
         bench.socket.arrived.append(reply_to(call))
         bench.socket.signal()
@@ -236,7 +236,7 @@ def test_lone_caller_whose_time_is_up_leaves(bench: LinkBench) -> None:
     call, frame = bench.begin()
     began = time.monotonic()
     assert exchange(bench, call, frame, within=0.1) is False
-    assert 0.09 < time.monotonic() - began < 1.1
+    assert 0.09 < time.monotonic() - began < 5
     assert call.sent
 
 
@@ -246,7 +246,7 @@ def test_lone_caller_is_lost_when_the_link_ends(bench: LinkBench, background, ev
     eventually(lambda: polls(bench))
     began = time.monotonic()
     assert bench.link.end("the connection ended")
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5
     assert waiting.result(SOON) is True
     assert (call.outcome, call.body) == (LOST, "the connection ended")
     assert bench.link.close(0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -25,14 +26,14 @@ def test_wait_that_is_not_woken_ends_in_time_never_early() -> None:
     for seconds in (0.0, 0.0004, 0.05):
         began = time.monotonic()
         wake.wait(seconds)
-        assert seconds <= time.monotonic() - began < seconds + 1
+        assert seconds <= time.monotonic() - began < seconds + 5
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 0.0])
 def test_wait_without_time_returns_at_once(seconds: float) -> None:
     began = time.monotonic()
     Wake().wait(seconds)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
 
 
 def test_wait_without_an_end_is_woken_by_another_thread(background) -> None:
@@ -80,13 +81,22 @@ def test_waiting_for_a_lock_takes_any_number_of_seconds(background) -> None:
 
 
 def test_wake_gives_its_descriptor_back() -> None:
+    gc.collect()  # what other tests left
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(10):
         Wake()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
-def test_closed_wake_never_writes_to_what_gets_its_number_next(background) -> None:
+def is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def test_closed_wake_never_writes_to_what_gets_its_number_next(background, eventually) -> None:
     for _ in range(50):
         wake = Wake()
         begun, ended = threading.Event(), threading.Event()
@@ -100,8 +110,9 @@ def test_closed_wake_never_writes_to_what_gets_its_number_next(background) -> No
         assert begun.wait(10.0)
         number = wake.fd
         wake.close()
+        eventually(lambda number=number: not is_open(number))  # a thread that was about to set it gives it back
         others = []
-        while number not in others:  # a thread that was about to set it gives it back
+        while number not in others:
             others.append(os.eventfd(0, os.EFD_NONBLOCK))
             assert len(others) < 10_000
         wake.set()
