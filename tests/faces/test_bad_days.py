@@ -385,7 +385,8 @@ def test_one_who_asks_a_thousand_times_does_not_keep_another_waiting(node, backg
     eventually(lambda: serving.statistics().taken == 300, 20.0)
     quiet = background(calling.client("clock", timeout=60.0).call, "work", "quiet")
     eventually(lambda: serving.statistics().taken == 301, 20.0)
-    eventually(lambda: serving.statistics().waiting == 300)  # taken in, and in its queue a moment later
+    # Taken in, and in its queue a moment later; with an echo or two, where all of this has taken a second.
+    eventually(lambda: serving.statistics().waiting >= 300)
     gate.set()
     quiet.result()
     for each in flood:
@@ -414,13 +415,13 @@ def test_when_all_servers_are_full_retries_stay_within_the_budget(node, gate, ba
     client = calling.client("clock", timeout=60.0)
     held = [background(client.at(f"s{number}").call, "hold") for number in range(3)]
     gate.wait_entered(3)
-    refused = 0
+    refused, began = 0, time.monotonic()
     for _ in range(1_000):
         with pytest.raises(Rejected):
             client.call("hold")
         refused += 1
-    statistics = calling.statistics()
-    assert statistics.retried < 0.2 * refused + 110, "ten seconds' worth may be used at once"
+    statistics, took = calling.statistics(), time.monotonic() - began
+    assert statistics.retried < 0.2 * refused + 10 * took + 110, "ten seconds' worth may be used at once"
     assert statistics.outcomes["not retried, beyond the budget"] > 500
     gate.open.set()
     for each in held:
