@@ -600,7 +600,7 @@ def test_the_contracts_check_finds_who_does_not_deliver_what_is_wanted(
 ) -> None:
     settings = Settings(lease=LEASE, cache_directory="none")
     with pytest.raises(AssertionError, match=sentence):
-        check_registry(lambda: kind(settings, PLACE, database.store), joins=4)
+        check_registry(lambda: kind(settings, PLACE, database.store), within=5.0, joins=4)
 
 
 # --- who cannot write ---
