@@ -34,6 +34,7 @@ class Receipt(NamedTuple):
     """``"taken"``, ``"unreachable"`` or ``"refused"``."""
     reason: str = ""
     seconds: float = 0.0
+    """Until that was known; somebody who is silent beside it may add as much again, and no more."""
 
 
 class Gathered(NamedTuple):

@@ -132,8 +132,28 @@ def test_silent_peer_does_not_hold_up_the_others(false_server, make_node) -> Non
     receipts = {each.server: each for each in calling.client("clock", timeout=3.0).fanout("read")}
     assert time.monotonic() - began < HANDSHAKE
     assert [receipts[f"s{number}"].outcome for number in range(3)] == ["taken"] * 3
-    assert all(receipts[f"s{number}"].seconds < HANDSHAKE for number in range(3))
+    assert all(receipts[f"s{number}"].seconds < 2.0 for number in range(3))
     assert receipts["false"].outcome == "unreachable"
+    assert receipts["false"].seconds >= 2.9
+
+
+@pytest.mark.parametrize("verb", ["fanout", "ping", "gather"])
+def test_silent_peer_makes_nobody_elses_time_longer(false_server, make_node, reader, verb: str) -> None:
+    false_server(lambda frame: [hello()] if wire.kind_of(frame) == wire.HELLO else [])
+    for number in range(6):
+        make_node().serve("clock", {"read": lambda number=number: number}, server=f"s{number}")
+    assert reader.wait_for("clock", count=7, timeout=5.0)
+    client = reader.client("clock", timeout=3.0)
+    began = time.monotonic()
+    told = client.ping() if verb == "ping" else getattr(client, verb)("read")
+    assert 2.9 < time.monotonic() - began < HANDSHAKE
+    if verb == "gather":  # which tells no times
+        assert (sorted(told.replies.values()), [server for server, _ in told.missing]) == (list(range(6)), ["false"])
+        return
+    receipts = {each.server: each for each in told}
+    assert receipts.pop("false").seconds >= 2.9
+    assert {each.outcome for each in receipts.values()} == {"taken"}
+    assert max(each.seconds for each in receipts.values()) < 1.0
 
 
 def test_garbage_in_answer_to_the_hello_is_passed_over(false_server, make_node) -> None:

@@ -36,8 +36,8 @@ AGAIN_AFTER = 5.0
 """Seconds that a connection must have lasted for what was sent again over it to be sent once more."""
 OVERDUE = 0.05
 """Seconds after its deadline until a call that somebody else was to end is ended by its caller."""
-BRIEF = 0.02
-"""Seconds that a fan-out gives one silent peer before it looks after the next."""
+BRIEF, LONGEST_ROUND = 0.02, 1.0
+"""Seconds that a fan-out gives one silent peer before it looks after the next: each round twice as long, up to this."""
 WELL = (REPLIED, FAILED, TAKEN)
 """Outcomes that are no error of the call's own."""
 
@@ -487,11 +487,14 @@ class Caller(Connector):
         if flags & wire.FANOUT and len(everyone) > self.settings.fanout_direct:
             await self.tree.fan_out(everyone, body)
             return
-        waiting = self.send_all((attempt, kind, flags, body) for attempt in everyone)
+        await self.see_through(everyone, self.send_all((attempt, kind, flags, body) for attempt in everyone))
+
+    async def see_through(self, attempts: list[Attempt], waiting: list[Parcel]) -> None:
+        """Send those of ``attempts`` that are ``waiting``, and conclude each of them."""
         while waiting:
             waiting = await self.send_ready(waiting)
-        for attempt in everyone:
-            await self.conclude(attempt)
+            self.look_at(attempts)
+        await self.conclude_all(attempts)
 
     def send_all(self, parcels: Iterable[Parcel]) -> list[Parcel]:
         """Send each parcel, to the route of its attempt, whose link is ready; returns the others.
@@ -534,13 +537,45 @@ class Caller(Connector):
                 attempt.error = error.with_traceback(None)
         return silent
 
-    async def conclude(self, attempt: Attempt) -> None:
-        """Wait for the outcome of an attempt that was sent, if it was; one that did not end well gets its ``error``."""
+    def look_at(self, attempts: Iterable[Attempt]) -> None:
+        """Note how long those took that have ended by now: while one waits for others, nobody else looks."""
+        for attempt in attempts:
+            if attempt.under_way:
+                self._has_ended(attempt)
+
+    def _has_ended(self, attempt: Attempt) -> bool:
+        """Whether it has its outcome or ``error``; whoever is the first to see that notes how long it took."""
         if attempt.error is None and attempt.call.outcome is None:
             attempt.link.glance()
-        if attempt.error is None and attempt.call.outcome not in WELL:
+            if attempt.call.outcome is None:
+                return False
+        attempt.seconds = attempt.seconds or monotonic() - attempt.started
+        return True
+
+    async def conclude_all(self, attempts: list[Attempt]) -> None:
+        """:meth:`conclude` each; what one that is silent adds to the times of others is no more than these are.
+
+        So there are rounds, each twice as long as the one before, at whose end all are looked at that have not ended.
+        """
+        length = BRIEF
+        while attempts:
+            silent, until = [], monotonic() + length
+            for attempt in attempts:
+                # A monitor's patience begins with the wait for its call. At the deadline, the last round is over.
+                if attempt.terms.monitor is None and until < attempt.until and not self._has_ended(attempt):
+                    if monotonic() < until:
+                        await self.wait(attempt.link, attempt.call, attempt.call.signs, until)
+                    if not self._has_ended(attempt):
+                        silent.append(attempt)
+                        continue
+                await self.conclude(attempt)
+            attempts, length = silent, min(2 * length, LONGEST_ROUND)
+
+    async def conclude(self, attempt: Attempt) -> None:
+        """Wait for the outcome of an attempt that was sent, if it was; one that did not end well gets its ``error``."""
+        if not self._has_ended(attempt) or (attempt.error is None and attempt.call.outcome not in WELL):
             try:
                 await self.outcome(attempt)
             except errors.CallError as error:
                 attempt.error = error.with_traceback(None)
-        attempt.seconds = monotonic() - attempt.started
+            attempt.seconds = attempt.seconds or monotonic() - attempt.started

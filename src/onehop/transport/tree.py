@@ -80,8 +80,7 @@ class Tree:
                 if asked.error is None and asked.under_way:
                     caller.cancel(asked.link, asked.call)
             raise
-        for each in sent:
-            await caller.conclude(each)
+        await caller.conclude_all(sent)
 
     async def _see_through(
         self, waiting: list[Parcel], relayed: list[Relayed], sent: list[Attempt], body: Body
@@ -103,6 +102,7 @@ class Tree:
                 else:
                     unsent += self._hear(*each)
             relayed = still
+            caller.look_at(sent)
             waiting = [parcel for parcel in waiting if parcel[0].error is None]
             waiting += caller.send_all((each, wire.CAST, wire.FANOUT, body) for each in unsent)
             sent += unsent
@@ -215,11 +215,8 @@ class Tree:
                 record = Record(node=node, host=host, endpoints=endpoints)
                 attempts.append(Attempt(terms, method, now + left, now))
                 attempts[-1].route = Route(caller.protocol.peers.introduce(record), service, server)
-        waiting = caller.send_all((each, wire.CAST, wire.FANOUT, body) for each in attempts)
-        while waiting:
-            waiting = await caller.send_ready(waiting)
-        for each in attempts:
-            await caller.conclude(each)
+        parcels = [(each, wire.CAST, wire.FANOUT, body) for each in attempts]
+        await caller.see_through(attempts, caller.send_all(parcels))
         return list(map(_receipt, attempts))
 
 
