@@ -32,7 +32,7 @@ from onehop.settings import Settings
 from onehop.testing.contracts import check_registry
 
 SOURCES = Path(__file__).parents[2] / "src"
-SHORT = 3.0  # seconds; a lease so short that a test may wait for some
+SHORT = 2.0  # seconds; a lease so short that a test may wait for some
 AT_ONCE = 3.0  # seconds; a takeover, and who was killed, take less than one where the machine is not busy otherwise
 
 _networks = count(random.randrange(200))
@@ -435,12 +435,12 @@ def test_a_node_that_vanishes_without_a_word_is_gone_after_a_lease(site: Site) -
     site.start_holder(1, 11)
     views, vanishes = site.watch(5), site.connect(1)
     said = {"type": "announce", "record": {"node": record(41).node, "host": "raw", "services": {"clock": ["a"]}}}
-    vanishes.sendall(hello("", lease=4.0) + json.dumps(said).encode() + b"\n")
+    vanishes.sendall(hello("", lease=3.0) + json.dumps(said).encode() + b"\n")
     assert views.become(11, 41)
     for _ in range(4):
-        assert views.remain(11, 41, seconds=1.2)
+        assert views.remain(11, 41, seconds=0.9)
         vanishes.sendall(b"\n")
-    assert views.become(11, within=4.0 + AT_ONCE)
+    assert views.become(11, within=3.0 + AT_ONCE)
 
 
 def test_a_directory_that_speaks_something_else_is_named(site: Site, caplog: pytest.LogCaptureFixture) -> None:
