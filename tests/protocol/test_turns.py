@@ -6,6 +6,8 @@ socket's lock, which is one step here as it is there. Whom a leaver wakes is dec
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,33 +26,55 @@ def test_nobody_is_woken_where_nobody_waits() -> None:
     assert successor({}) is None
 
 
-class Moving(dict[int, str]):
-    """Those who wait, with one that leaves (or comes) between the look at the last and the reading of it."""
+class Leaving(dict[int, str]):
+    """Those who wait, of whom the newest leaves between the look at them and the reading of what it waits with."""
 
-    def __init__(self, waiting: dict[int, str], leaves: bool) -> None:
-        super().__init__(waiting)
-        self.leaves = leaves
-        self.moved = False
+    left = False
 
-    def __reversed__(self) -> Iterator[int]:  # type: ignore[override]
-        order = super().__reversed__()
-        if not self.moved:
-            self.moved = True
-            if self.leaves:
-                last = next(order)
-                del self[last]
-                return iter([last])
-            self[99] = "newcomer"
-        return order
+    def __iter__(self) -> Iterator[int]:
+        order = list(super().__iter__())
+        if not self.left:
+            self.left = True
+            del self[order[-1]]
+        return iter(order)
 
 
 def test_one_who_leaves_while_we_look_is_passed_over() -> None:
-    assert successor(Moving({1: "first", 2: "second"}, leaves=True)) == "first"
-    assert successor(Moving({1: "only"}, leaves=True)) is None
+    assert successor(Leaving({1: "first", 2: "second"})) == "first"
+    assert successor(Leaving({1: "only"})) is None
 
 
-def test_one_who_comes_while_we_look_is_the_newest() -> None:
-    assert successor(Moving({1: "first"}, leaves=False)) == "newcomer"
+COME_AND_GO = """
+import sys, threading, time
+from onehop.protocol.turns import successor
+
+sys.setswitchinterval(1e-6)
+waiting, until = {}, time.monotonic() + 3.0
+
+def come_and_go():
+    mine = [object() for _ in range(5)]
+    while time.monotonic() < until:
+        for each in mine:
+            waiting[each] = each
+        for each in mine:
+            del waiting[each]
+
+def look():
+    while time.monotonic() < until:
+        successor(waiting)
+
+threads = [threading.Thread(target=each) for each in (come_and_go, come_and_go, come_and_go, come_and_go, look, look)]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join()
+print("well")
+"""
+
+
+def test_those_who_come_and_go_while_we_look_do_no_harm() -> None:
+    ended = subprocess.run([sys.executable, "-c", COME_AND_GO], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "well\n", "")
 
 
 # The model ----------------------------------------------------------------------------------------

@@ -31,9 +31,11 @@ def successor(waiting: dict[Key, Waiting]) -> Waiting | None:
     The newest was running a moment ago, so its stack and its data are still in the cache. Measured, first-come
     order is no better, and the lead changes hands once in thirty calls only.
     """
-    while waiting:
+    # A list of them is made in one step of the interpreter. An iterator's next step is another one: where the dict was
+    # made anew between the two, CPython's reversed() reads what lies behind its entries, and the process crashes.
+    while keys := list(waiting):
         try:
-            return waiting[next(reversed(waiting))]
-        except (KeyError, RuntimeError, StopIteration):
-            continue  # it left, or another came, while we looked
+            return waiting[keys[-1]]
+        except KeyError:
+            continue  # it left while we looked
     return None
