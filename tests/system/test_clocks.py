@@ -111,7 +111,7 @@ def test_a_day_forth_and_back_changes_no_deadline_lease_or_retry(
     def set_clock(jump: int) -> None:
         new = clock.with_suffix(".new")
         new.write_text(f"{jump:+d}")
-        new.rename(clock)  # whoever reads a file that is empty for a moment ends, with a word of the library's
+        new.rename(clock)  # in one step: nobody reads a file that is empty for a moment, and so another time
 
     set_clock(0)
     for name, value in {
