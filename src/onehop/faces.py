@@ -34,7 +34,8 @@ class Receipt(NamedTuple):
     """``"taken"``, ``"unreachable"`` or ``"refused"``."""
     reason: str = ""
     seconds: float = 0.0
-    """Until that was known; somebody who is silent beside it may add as much again, and no more."""
+    """Until that was known. Somebody silent beside it may add as much again (at least 20 ms), or, where the client has
+    a ``monitor``, all of its silence."""
 
 
 class Gathered(NamedTuple):
